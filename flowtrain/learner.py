@@ -141,9 +141,8 @@ class Learner:
             limit_batches: The most batches in a pass over a loader, for short runs: a number, a share as ``0.1``, or a
                 mapping from phases to these. A schedule is stretched over the updates that are left.
             data: Loaders for this fit, as for `Learner`.
-            resume: The checkpoint to resume from, or a folder whose latest checkpoint is used; ``"auto"`` resumes from
-                the folder of the learner's Checkpointer, or begins anew if it has no checkpoint yet. `epochs`, or
-                `steps`, is then the total, with the part before the checkpoint.
+            resume: The checkpoint to resume from, or a folder, for its latest one; ``"auto"`` takes the folder of the
+                Checkpointer, or begins anew if that has none. `epochs` or `steps` is the total, with the part before.
 
         Returns:
             `history`, which holds the metrics of all epochs of this learner, not only those of this fit.

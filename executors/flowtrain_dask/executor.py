@@ -24,7 +24,7 @@ from flowtrain.graph.executor import Runner, SerialExecutor, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, Lanes, sharing
+from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, Lanes
 from flowtrain_dask.deferred.placement import ConsumersOnly
 from flowtrain_dask.deferred.policy import Defer, Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
@@ -35,7 +35,7 @@ from flowtrain_dask.parallel.decision import Decision
 from flowtrain_dask.parallel.firing import POOL_CLOSED, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import Strands, is_chain, needs_training_thread, pack
 from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
-from flowtrain_dask.snapshots.taker import Shared
+from flowtrain_dask.snapshots.taker import Shared, sharing
 
 __all__ = [
     "DaskExecutor",
@@ -69,8 +69,8 @@ class DaskExecutor:
             `resources` ``"auto"`` is ``"always"``.
         resources: The resources that a worker of the cluster must have, such as ``{"flowtrain": 1}``; see
             ``docs/cluster.md``.
-        drain_timeout: The seconds for which deferred events are still processed after training was interrupted, and
-            for which the executor waits for a cluster before training.
+        drain_timeout: The seconds for which deferred events are still processed after training was interrupted and its
+            checkpoint is written, and for which the executor waits for a cluster before training.
         limits: How many deferred events, and how many bytes of them, may wait.
         on_error: ``"raise"``: a deferred callback that fails ends training. ``"warn"``: the failure is logged, and the
             lane of the callback takes no more events.
@@ -199,6 +199,15 @@ class DaskExecutor:
         """Return the counts of each lane: its events, those that wait, and how long training waited for room in it."""
         return self._deferred.report()
 
+    def finish(self, waiting: Mapping[str, Any], site: Site) -> None:
+        """Process the events that waited when the checkpoint was taken from which a fit resumes.
+
+        Raises:
+            CheckpointError: They cannot be read. Nothing has been processed.
+            Exception: A handler failed.
+        """
+        self._deferred.finish(waiting, site)
+
     @property
     def pending(self) -> int:
         """How many deferred events wait or are at work."""
@@ -222,9 +231,12 @@ class DaskExecutor:
         self._deferred.flush()
 
     def state_dict(self) -> dict[str, Any]:
-        """Flush, and return how many events each lane has had, for a checkpoint."""
-        self.flush()
-        return {"sequences": self._deferred.sequences}
+        """Flush, and return how many events each lane has had, for a checkpoint.
+
+        When training is about to stop, this does not wait for long: the events that are left are in the result.
+        """
+        self._look_again()
+        return self._deferred.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take back the counts that `state_dict` returned: the lanes continue to number their events from there."""

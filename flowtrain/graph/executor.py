@@ -40,6 +40,7 @@ __all__ = [
     "SerialExecutor",
     "Site",
     "find_executor",
+    "finish_waiting",
 ]
 
 Runner: TypeAlias = Callable[[Event, Phase], None]
@@ -213,7 +214,9 @@ class Resumable(Protocol):
     def state_dict(self) -> Mapping[str, Any]:
         """Flush, and return the counts, as tensors and plain values.
 
-        Called on the training thread while no handler runs there. No work is pending when the call returns.
+        Called on the training thread while no handler runs there. No work is pending when the call returns; but if
+        training is about to stop, the executor may return pending work as an entry ``waiting``, and stands still with
+        it until it is flushed: callbacks and logging backends have the state before that work.
         """
         ...
 
@@ -226,7 +229,15 @@ class Resumable(Protocol):
 
 @runtime_checkable
 class Deferring(Protocol):
-    """An executor that defers events; it may implement this beside `Executor`."""
+    """An executor that defers events; it may implement this beside `Executor` and `Resumable`."""
+
+    def finish(self, waiting: Mapping[str, Any], site: Site) -> None:
+        """Process the events that waited when a checkpoint was taken, before a fit resumes from it.
+
+        Args:
+            waiting: The entry ``waiting`` of a `Resumable.state_dict`.
+            site: The loop of the learner. The executor may belong to no loop: it then runs the events in place.
+        """
 
     @property
     def pending(self) -> int:
@@ -338,6 +349,33 @@ def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: 
         return failures
     finally:
         del failure, failures  # see `flowtrain.errors.raise_worst`
+
+
+def finish_waiting(executor: Executor, waiting: Mapping[str, Any], site: Site) -> None:
+    """Process the events that waited when a checkpoint was taken: in the lanes of an executor, or else in place.
+
+    Raises:
+        CheckpointError: They cannot be read. Nothing has been processed.
+        ExecutorError: The package whose lanes had the events is not installed.
+        Exception: A handler failed.
+    """
+    if isinstance(executor, Deferring):
+        executor.finish(waiting, site)
+        return
+    import_path, install = EXECUTORS["dask"]
+    module, _, attribute = import_path.partition(":")
+    try:
+        in_place = getattr(importlib.import_module(module), attribute)(defer=False)
+    except ImportError as error:
+        events = sum(each["count"] for each in waiting.values())
+        raise ExecutorError(
+            f"The checkpoint has {events:,} events of {', '.join(waiting)} that waited in the executor 'dask', and "
+            f"{error.name}, which can read them, is not installed: {install}"
+        ) from error
+    try:
+        in_place.finish(waiting, site)
+    finally:
+        in_place.close()
 
 
 def find_executor(executor: object) -> Executor:

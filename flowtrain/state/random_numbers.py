@@ -102,10 +102,11 @@ class Draws:
         """Return the seed of the run, and the number of events of each callback."""
         return {"seed": self.seed, "counts": dict(self._counts)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
-        self._seed = state["seed"]
-        self._counts = dict(state["counts"])
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore the state that `state_dict` returned; ``None``, as early checkpoints have it, changes nothing."""
+        if state is not None:
+            self._seed = state["seed"]
+            self._counts = dict(state["counts"])
 
 
 def _mixed(seed: int, name: str, number: int) -> int:

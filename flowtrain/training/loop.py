@@ -91,7 +91,7 @@ class Loop:
 
     def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
         """Let the next fit begin at the position of a checkpoint; see `Checkpoints.resume`."""
-        self.checkpoints.resume(path, data, unit)
+        self.checkpoints.resume(path, data, unit, self.dispatch)
 
     def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
         """Return the loaders that this process uses: those of the user, or the shares of this rank."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flowtrain_dask.cluster.pickling import ValuePickler
@@ -35,6 +35,7 @@ class Encoded:
     Args:
         obj: The object; it must not change as long as the pieces are used.
         tails: The values that the series in it share, see `flowtrain_dask.snapshots.series.tails_of`.
+        pickler: The class of the pickler.
 
     Attributes:
         pieces: The bytes, one piece after the other; the buffers among them are the memory of the object.
@@ -44,11 +45,13 @@ class Encoded:
         TypeError: Something in it can be sent to no other process.
     """
 
-    def __init__(self, obj: object, tails: Mapping[int, Tail] | None = None) -> None:
+    def __init__(
+        self, obj: object, tails: Mapping[int, Tail] | None = None, pickler: type[ValuePickler] = ValuePickler
+    ) -> None:
         # Protocol 5 of pickle hands out large pieces of memory apart, so they are sent from where they lie.
         buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
-        self._pickler = ValuePickler(file, buffers.append, tails)  # it keeps the memory of the buffers alive
+        self._pickler = pickler(file, buffers.append, tails)  # it keeps the memory of the buffers alive
         self._pickler.dump(obj)
         parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
         head = _MAGIC + struct.pack(f"<{len(parts) + 1}Q", len(buffers), *(part.nbytes for part in parts))
@@ -59,17 +62,17 @@ class Encoded:
         return b"".join(self.pieces)
 
 
-def dump_entries(entries: Sequence[Entry]) -> Encoded:
+def dump_entries(entries: Sequence[Entry], pickler: type[ValuePickler] = ValuePickler) -> Encoded:
     """Return the events of a batch as bytes; a copy that several of them share is in there once."""
     payloads = [opened(entry.payload) for entry in entries]
     # The rows are plain tuples, because named tuples take many times as long to pickle.
     rows = [(*entry[:4], payload, *entry[5:]) for entry, payload in zip(entries, payloads, strict=True)]
-    return Encoded(rows, tails_of(payloads))
+    return Encoded(rows, tails_of(payloads), pickler)
 
 
-def load_entries(blob: bytes | memoryview) -> list[Entry]:
+def load_entries(blob: bytes | memoryview, loads: Callable[..., Any] = pickle.loads) -> list[Entry]:
     """Return the events of `dump_entries`, see `decode`."""
-    return [Entry(*row) for row in decode(blob)]
+    return [Entry(*row) for row in decode(blob, loads)]
 
 
 def encode(obj: object) -> bytes:
@@ -81,12 +84,13 @@ def encode(obj: object) -> bytes:
     return bytes(Encoded(obj))
 
 
-def decode(blob: bytes | memoryview) -> Any:
+def decode(blob: bytes | memoryview, loads: Callable[..., Any] = pickle.loads) -> Any:
     """Return the object of a blob.
 
     Args:
         blob: The bytes, which are copied; or memory of `memory_for` that holds them, which the large parts of the
             object keep as theirs.
+        loads: The function that unpickles.
 
     Raises:
         ValueError: It is no blob of this codec.
@@ -103,7 +107,7 @@ def decode(blob: bytes | memoryview) -> Any:
     count, pickled = struct.unpack_from("<2Q", memory, 4)
     sizes = struct.unpack_from(f"<{count}Q", memory, 20)
     start = _after(20 + 8 * count)
-    return pickle.loads(memory[start : start + pickled], buffers=_buffers(memory, start + _after(pickled), sizes))
+    return loads(memory[start : start + pickled], buffers=_buffers(memory, start + _after(pickled), sizes))
 
 
 def memory_for(size: int) -> memoryview:

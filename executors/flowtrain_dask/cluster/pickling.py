@@ -104,7 +104,7 @@ class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
             return NotImplemented  # torch makes it of a tensor, which comes here next
         # Each of these views is made of its base, which is pickled next, and shows the memory of its base there too.
         if type(tensor) is torch.Tensor and tensor.requires_grad:
-            reduced: Any = torch.Tensor.requires_grad_, (tensor.detach(),)
+            reduced: Any = _requiring_grad, (tensor.detach(),)
         elif not _is_strided(tensor):
             return _saved(tensor)
         elif tensor.is_conj():
@@ -240,6 +240,10 @@ def _strided(
     storage: torch.UntypedStorage, dtype: torch.dtype, offset: int, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
     return torch.empty(0, dtype=dtype, device="cpu").set_(storage, offset, shape, stride)
+
+
+def _requiring_grad(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.requires_grad_()
 
 
 def _conjugate(base: torch.Tensor) -> torch.Tensor:

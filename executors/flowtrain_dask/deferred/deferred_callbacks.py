@@ -13,19 +13,16 @@ when the run to which it belongs is known.
 from __future__ import annotations
 
 import logging
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flowtrain.callback.callback import draws_own
-from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
-from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError, raise_worst
-from flowtrain.graph.executor import Runner, Site
+from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, Plan
 from flowtrain.graph.reach import Reach
@@ -44,18 +41,24 @@ from flowtrain_dask.deferred.policy import (
     why_here,
 )
 from flowtrain_dask.deferred.shutdown import Teardown
+from flowtrain_dask.deferred.waiting import failures_of, finish, log_pending, saved, wait
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.report import LaneReport, Report
+from flowtrain_dask.lanes.work import Entry
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.taker import Shared, Taker, copy_groups
 
-__all__ = ["DeferredCallbacks", "Lanes", "sharing"]
+__all__ = ["DeferredCallbacks", "Lanes"]
 
 if TYPE_CHECKING:
     from flowtrain_dask.cluster.connect import Connection
 
 
 _logger = logging.getLogger("flowtrain")
+
+_SHORT = 1.0
+"""Seconds for which lanes are flushed before the checkpoint of an interrupt. The events that are left are in it, so it
+need not wait for them: a batch system kills the process 30 seconds after the signal."""
 
 
 class Lanes:
@@ -211,49 +214,46 @@ class Lanes:
         for planned in self._planned:
             planned.look_again()
 
-    def flush(self) -> None:
+    def put_back(self, node: Node, handler: Handler, entry: Entry, recorded: bool) -> bool:
+        """Put an event of a checkpoint into the lane of its callback; return whether its events go there now."""
+        planned = self._planned_of.get(node)
+        if planned is None or not planned.deferred:
+            return False
+        planned.opened().put_back(entry, planned.position(node, handler), recorded)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flush; return the number of events of each lane and, if training is about to stop, those that still wait.
+
+        Lanes with such events stand still, until they are flushed or get another event.
+        """
+        self.flush(_SHORT)
+        waiting = saved(self.lanes, self._options.drain_timeout)
+        self._log_troubles()
+        counts = {name: number - waiting[name]["count"] for name, number in self.sequences.items() if name in waiting}
+        return {"sequences": {**self.sequences, **counts}, "waiting": waiting}
+
+    def flush(self, patience: float | None = None) -> None:
         """Wait until all events are done; then raise the failures, and log problems that a user should know of.
 
-        If training is about to stop, this waits for `Options.drain_timeout` at most.
+        Args:
+            patience: For how many seconds at most, if training is about to stop; by default `Options.drain_timeout`,
+                after which the events that are left are logged.
         """
-        self.gave_up = False
+        limit, stopping = self._options.drain_timeout, partial(_is_stopping, self._site)
         failures: list[BaseException] = []
         while True:
-            self._wait()
-            found = self._failures()
+            self.gave_up = not wait(self.lanes, stopping, limit if patience is None else min(patience, limit))
+            found = failures_of(self.lanes)
             failures += found
             if not found:
                 break
             # Again, because `FitEnd` runs after a failure was raised, and may fail as well.
+        if patience is None:
+            log_pending(self.lanes, limit)
         self._log_troubles()
         if failures:
             raise_worst(failures)
-
-    def _wait(self) -> None:
-        """Wait until every lane is done or has failed, or until the drain timeout after training was stopped."""
-        end: float | None = None
-        for lane in self.lanes:
-            lane.given_up = False
-            while not lane.flush(0.25) and not lane.over:
-                if end is None and _is_stopping(self._site):
-                    end = time.monotonic() + self._options.drain_timeout
-                if end is not None and time.monotonic() >= end:
-                    self.gave_up = lane.given_up = True
-                    left, limit = lane.report().pending, self._options.drain_timeout
-                    _logger.warning(
-                        "flowtrain: %d events of lane %s were not processed in %g s", left, lane.job.lane, limit
-                    )
-                    break
-
-    def _failures(self) -> list[BaseException]:
-        """Return the failures of the lanes. From here on each lane processes events again."""
-        failures: list[BaseException] = []
-        for lane in self.lanes:
-            try:
-                lane.raise_failure()
-            except BaseException as failure:  # the failures of all lanes are raised together
-                failures.append(failure)
-        return failures
 
     def close(self) -> None:
         """End the lanes. Events that are not done are dropped."""
@@ -307,18 +307,6 @@ def _is_stopping(site: weakref.ref[Site]) -> bool:
     return loop is None or loop.mailbox.stopping
 
 
-def sharing(runner: Runner, shared: Shared) -> Runner:
-    """Return a runner that forgets the copies that snapshot nodes have shared, before and after each firing."""
-
-    def run(event: Event, phase: Phase) -> None:
-        """Fire, with no copies yet."""
-        shared.clear()
-        try:
-            runner(event, phase)
-        finally:
-            shared.clear()
-
-    return run
 
 
 class DeferredCallbacks:
@@ -410,6 +398,16 @@ class DeferredCallbacks:
         self._sequences = dict(sequences)
         if self._lanes is not None:
             self._lanes.resume(self._sequences)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Flush; return the state for a checkpoint, see `Lanes.state_dict`."""
+        found = {} if self._lanes is None else self._lanes.state_dict()
+        return {**found, "sequences": self._sequences | found.get("sequences", {})}
+
+    def finish(self, waiting: Mapping[str, Any], site: Site) -> None:
+        """Have the events that waited in a checkpoint processed, in lanes and in place; see `waiting.finish`."""
+        finish(waiting, site, self.sequences, self.use(site).put_back)
+        self.flush()
 
     @property
     def dashboard_link(self) -> str | None:

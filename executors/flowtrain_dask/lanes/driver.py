@@ -103,6 +103,10 @@ class Batches:
         """Put the entries that a batch has not processed before all others."""
         self._front.extendleft(reversed(rest))
 
+    def waiting(self) -> list[Entry]:
+        """Return all entries that wait, while the lane's thread stands still."""
+        return [*self._front, *self._queue]
+
     def drain(self) -> list[Entry]:
         """Take all entries that wait."""
         self._pull()
@@ -142,6 +146,9 @@ class Driver:
         retired: Whether a failure has taken the lane out of service.
         closed: Whether the thread is to end.
         abandoned: Whether nobody waits for the thread any more: the sinks are being closed, so it writes no records.
+        pausing: Whether the thread is to stand still, as soon as the event that is at work is done.
+        paused: Whether the thread stands still: records, counts and the state of the callbacks belong together.
+        replayed: The entries whose records are in the sinks already, by their sequence numbers.
         asleep: Whether the thread must be woken, or started, when an entry is put.
         taken_at: When the last batch was taken.
         wake: Ends a wait of the thread.
@@ -174,6 +181,8 @@ class Driver:
         self.resume_at = 0
         self._resumed_at = 0  # entries before this one have been skipped where they had to be
         self.rush = self.refuses = self.retired = self.closed = self.abandoned = False
+        self.pausing = self.paused = self._gave_way = False
+        self.replayed: set[int] = set()
         self.asleep = True
         self.taken_at = 0.0
         self.wake = Wake()
@@ -190,6 +199,11 @@ class Driver:
         except IndexError:  # the lane's thread has taken all of them
             return self.batches.taken
         return last.sequence + 1, last.total
+
+    @property
+    def unrecorded(self) -> int:
+        """The first entry whose records are not in the sinks, by its sequence number."""
+        return self._written
 
     def raise_failure(self) -> None:
         """Raise the failure that is to be raised, if there is one. Entries that are put later are processed again."""
@@ -228,9 +242,14 @@ class Driver:
         try:
             while self._wait():
                 try:
+                    self._stand_still()
                     self._process_next()
                 except Abandoned:
-                    return
+                    if not self._gave_way:
+                        return
+                    self._gave_way = False  # the thread is only to stand still: the batch is handed over again
+                    self.batches.put_back(self._in_flight)
+                    self._in_flight = ()
                 except BaseException as failure:  # such as a full sink or a lost cluster: the training thread raises it
                     self._fail(failure)
         finally:
@@ -243,16 +262,16 @@ class Driver:
         batch was taken.
         """
         begin = self.taken_at
-        while not self.closed and not self.batches and not self._must_collect():
+        while not self._is_stopped() and not self.batches and not self._must_collect():
             self.wake.clear()
             self.asleep = True
             # The queue is looked at again, because an entry that was put before `asleep` was set has woken nobody.
-            if not self.batches and not self.closed and not self._must_collect():
+            if not self.batches and not self._is_stopped() and not self._must_collect():
                 self.wake.wait()
             self.asleep = False
             begin = time.monotonic()
         end = begin + self._transport.linger
-        while not self.closed and not self._must_hurry():
+        while not self._is_stopped() and not self._must_hurry():
             self.wake.clear()
             left = end - time.monotonic()
             if left <= 0:
@@ -260,6 +279,15 @@ class Driver:
             if not self._must_hurry():
                 self.wake.wait(left)
         return not self.closed
+
+    def _stand_still(self) -> None:
+        """Stand still as long as the training thread wants it."""
+        while self.pausing and not self.closed:
+            self.wake.clear()
+            self.asleep = self.paused = True
+            if self.pausing and not self.closed:
+                self.wake.wait()
+        self.asleep = self.paused = False
 
     def _must_hurry(self) -> bool:
         """Return whether the linger is to end now."""
@@ -281,14 +309,14 @@ class Driver:
         if batch:
             self._in_flight = batch
             self.taken_at = begin = time.monotonic()
-            result = self._transport.process(batch, self.gate, self._is_closed, self.tally)
+            result = self._transport.process(batch, self.gate, self._is_stopped, self.tally)
             self.batches.fill(self._transport.largest)
             self.batches.took(time.monotonic() - begin, max(1, result.done))
             self._accept(batch, result)
         elif self.rush:
             done = self.done
             try:
-                self._transport.collect(self._is_closed, self.tally)
+                self._transport.collect(self._is_stopped, self.tally)
             finally:  # if the state cannot be brought back now, it is not asked for again and again
                 self.collected = done
                 self.rush = False
@@ -299,7 +327,13 @@ class Driver:
         try:
             # A fork must not copy a sink that is half written.
             with self.gate:
-                self._write([record for record in result.records if _sequence_of(record) >= self._written])
+                self._write(
+                    [
+                        record
+                        for record in result.records
+                        if _sequence_of(record) >= self._written and _sequence_of(record) not in self.replayed
+                    ]
+                )
         finally:
             # Counted after a failed write too: the records of these entries may be in the sink in part, and a second
             # write would double them.
@@ -362,5 +396,6 @@ class Driver:
         self.done_bytes += sum(entry.nbytes for entry in skipped)
         self.done += len(skipped)
 
-    def _is_closed(self) -> bool:
-        return self.closed
+    def _is_stopped(self) -> bool:
+        self._gave_way = self._gave_way or self.pausing  # the training thread may change its mind at once
+        return self.closed or self.pausing

@@ -111,6 +111,52 @@ class Lane:
             self._wake_up()
         return True
 
+    def put_back(self, entry: Entry, handler: int, recorded: bool) -> None:
+        """Put an event that has waited in a checkpoint, as `put` does.
+
+        Args:
+            entry: The event.
+            handler: The position of its handler in the job.
+            recorded: Whether its records are in the sinks, and its effect on the callbacks alone is missing.
+        """
+        if recorded:
+            self._driver.replayed.add(self._driver.received[0])
+        self.put(handler, entry.event, entry.phase, entry.payload, entry.nbytes, entry.seed)
+
+    def pause(self, timeout: float) -> bool:
+        """Make the lane's thread stand still behind the event that is at work, until `flush` or the next event.
+
+        Args:
+            timeout: The most seconds to wait for this event.
+
+        Returns:
+            Whether the thread stands still.
+        """
+        driver, end = self._driver, time.monotonic() + timeout
+        driver.pausing = True
+        while not (driver.paused or self._thread is None or self.over):
+            driver.wake.set()
+            if time.monotonic() >= end:
+                driver.pausing = False
+                return False
+            time.sleep(_POLL)
+        return not self.over
+
+    def unprocessed(self) -> tuple[list[Entry], int]:
+        """Give the callbacks of this process a state, while the lane stands still.
+
+        Returns:
+            The events that this state has not seen, and how many of them, the first ones, have their records in the
+            sinks already.
+        """
+        driver = self._driver
+        seen = self._transport.settle()
+        return [*seen, *driver.batches.waiting()], sum(entry.sequence < driver.unrecorded for entry in seen)
+
+    def note_saved(self, events: int, nbytes: int) -> None:
+        """Take note of how many events of the lane are in the last checkpoint, and of their bytes there."""
+        self._driver.tally.saved, self._driver.tally.saved_bytes = events, nbytes
+
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all events are done and the callbacks of this process have their state.
 
@@ -234,6 +280,7 @@ class Lane:
 
     def _wake_up(self) -> None:
         driver = self._driver
+        driver.pausing = False
         if driver.closed:
             return
         # The thread starts with the first event, so that a lane without events costs none.

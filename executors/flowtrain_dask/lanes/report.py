@@ -38,6 +38,8 @@ class Tally:
         replays: How many events were run again to restore a state that was lost.
         local: How many events were run in this process because the cluster was lost.
         records: How many records were written.
+        saved: How many events are in the last checkpoint, since they were not done in time.
+        saved_bytes: How many bytes these take there.
         last_error: The last failure, as text; empty if there was none.
     """
 
@@ -48,6 +50,8 @@ class Tally:
     replays: int = 0
     local: int = 0
     records: int = 0
+    saved: int = 0
+    saved_bytes: int = 0
     last_error: str = ""
 
     def copy(self) -> Tally:
@@ -107,6 +111,9 @@ class LaneReport:
             yield f"{self.lane}: the cluster was lost; {tally.local:,} events were run in this process"
         if tally.skipped:
             yield f"{self.lane}: {tally.skipped:,} events not run, because an earlier one had failed"
+        if tally.saved:
+            size = f"{tally.saved_bytes / 2**20:,.1f} MiB"
+            yield f"{self.lane}: {tally.saved:,} events were not done in time and are in the checkpoint ({size})"
         if self.retired:
             yield f"{self.lane}: retired"
         if tally.last_error:

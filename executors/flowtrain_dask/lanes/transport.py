@@ -81,6 +81,14 @@ class Transport(Protocol):
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
         """Give the callbacks of this process the attributes that they have after all entries so far."""
 
+    def settle(self) -> Sequence[Entry]:
+        """Give the callbacks of this process a state that they had, without asking anyone, while the lane stands still.
+
+        Returns:
+            The entries that were processed since that state.
+        """
+        ...
+
     def close(self) -> None:
         """Give back all resources."""
 
@@ -134,6 +142,10 @@ class ThreadTransport:
 
     def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
         """Do nothing: the handlers have changed the callbacks themselves."""
+
+    def settle(self) -> Sequence[Entry]:
+        """Return no entry: the handlers have changed the callbacks themselves."""
+        return ()
 
     def close(self) -> None:
         """Do nothing: there is nothing to close."""

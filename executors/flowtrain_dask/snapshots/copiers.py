@@ -64,6 +64,10 @@ class Copiers(dict[type, Copier]):
         for known in [each for each in self if issubclass(each, kind)]:
             del self[known]  # so that the copier of this type is looked up again
 
+    def registered(self, kind: type) -> bool:
+        """Tell whether a copier was registered for a type or one of its bases."""
+        return any(base in self._registered for base in kind.__mro__)
+
     def __missing__(self, kind: type) -> Copier:
         registered = next((self._registered[base] for base in kind.__mro__ if base in self._registered), None)
         copier = self[kind] = registered or _find_own(kind) or find_rebuilder(kind) or _refuse

@@ -12,7 +12,10 @@ from copy import copy
 from typing import Any, TypeAlias
 
 from flowtrain.callback.access import Declaration, Path, Write, dotted, overlap
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError
+from flowtrain.graph.executor import Runner
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.reach import Reach
 from flowtrain.state.by_phase import PhaseMap
@@ -23,7 +26,7 @@ from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cutter
 from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_now
 
-__all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups"]
+__all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups", "sharing"]
 
 Groups: TypeAlias = Mapping[Path, Hashable]
 """A key for each declared path of a handler. Handlers of one firing with equal keys may share a copy."""
@@ -162,6 +165,20 @@ class Taker:
         if shared is not None and not (copying.has_series and self._cutter.tail):
             shared[where] = copied  # but no tail, which begins at the previous event of this handler
         return copied
+
+
+def sharing(runner: Runner, shared: Shared) -> Runner:
+    """Return a runner that forgets the copies that snapshot nodes have shared, before and after each firing."""
+
+    def run(event: Event, phase: Phase) -> None:
+        """Fire, with no copies yet."""
+        shared.clear()
+        try:
+            runner(event, phase)
+        finally:
+            shared.clear()
+
+    return run
 
 
 def copy_groups(plan: Plan, deferred: Iterable[int], reach: Reach | None = None) -> dict[int, dict[Path, Hashable]]:

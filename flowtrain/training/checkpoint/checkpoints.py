@@ -26,7 +26,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, raise_worst
-from flowtrain.graph.executor import Executor, Mailbox, Resumable
+from flowtrain.graph.executor import Executor, Mailbox, Resumable, Site
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Packer, phase_of
@@ -36,6 +36,7 @@ from flowtrain.training.checkpoint.contents import (
     apply,
     check_fits,
     check_models,
+    finish,
     gather,
     load_callbacks,
     load_models,
@@ -124,11 +125,7 @@ class Checkpoints:
             self._submit(now)
 
     def take_waiting(self) -> None:
-        """Take the checkpoints that were requested within the last batch.
-
-        Raises:
-            CheckpointError: As for `take`.
-        """
+        """Take the checkpoints that were requested within the last batch; this raises what `take` raises."""
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             self._submit(waiting)
@@ -172,8 +169,7 @@ class Checkpoints:
         self.take_waiting()
         requests, self._on_interrupt = self._on_interrupt, []
         if requests:
-            if not self._scopes.batch_number:
-                self.position.undo_begin(self._state.data)
+            self.position.undo_begin(self._state.data, self._scopes.batch_number, self._scopes.passes)
             self._submit(requests)
             self.writer.wait()
             self.saved = [Path(request.path) for request in requests]
@@ -282,13 +278,14 @@ class Checkpoints:
             self.showing_judged = [callback for callback in changed if callback.hold_judged(True)]
             raise
 
-    def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
+    def resume(self, path: Any, data: PhaseMap[Any], unit: str, site: Site) -> None:
         """Load a checkpoint as `load` does, and let the next fit begin at the position of the checkpoint.
 
         Args:
             path: The checkpoint.
             data: The loaders of the next fit.
             unit: The unit that the next fit counts: ``"epochs"`` or ``"steps"``.
+            site: The loop, for events that waited in lanes.
 
         Raises:
             CheckpointError: As for `load`; or the checkpoint was taken in no fit, in one that counts another unit, or
@@ -323,9 +320,10 @@ class Checkpoints:
                 self._load_lanes(lanes)
                 raise
         self._scopes.restore_numbers(*numbers)
-        self._set_draws(contents)  # already now, for deferrable handlers of `FitBegin`
+        self._state.draws.load_state_dict(contents["random"].get("own"))  # for deferrable handlers of `FitBegin`
         # If it is saved again, its positions are those of the present sinks, wherever it is saved.
-        self.resumed = self._again = {**contents, "run": {**run, "positions": positions}}
+        contents = {**contents, "run": {**run, "positions": positions}}
+        self.resumed = self._again = finish(contents, self._core, self._executor, site, self._sinks)
 
     def _same_size(self, contents: Mapping[str, Any]) -> bool:
         """Tell whether as many processes have written a checkpoint as resume from it; warn if not.
@@ -418,6 +416,7 @@ class Checkpoints:
     def restore_epoch(self) -> None:
         """Restore the state again after the `EpochBegin` of the resumed epoch, whose handlers have changed it."""
         if self.resumed is not None:
+            self._executor.flush()  # deferred handlers of `EpochBegin` change the state too
             apply(self.resumed, self._state, self._core, self.changes)
             self.changes.check_hooks(self.resumed.get("structure"))
             self._set_random(self.resumed)
@@ -435,12 +434,7 @@ class Checkpoints:
                     start_workers(loader, state)
                 set_loader_state(loader, state, own=between)
         set_random_state(contents["random"])
-        self._set_draws(contents)
-
-    def _set_draws(self, contents: Mapping[str, Any]) -> None:
-        """Restore the random numbers that deferrable callbacks draw for themselves; early checkpoints lack them."""
-        if "own" in contents["random"]:
-            self._state.draws.load_state_dict(contents["random"]["own"])
+        self._state.draws.load_state_dict(contents["random"].get("own"))
 
 
 def _decide(request: CheckpointRequest, finite: bool) -> CheckpointRequest:

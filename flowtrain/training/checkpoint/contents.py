@@ -20,7 +20,8 @@ entry           meaning
 ``position``    the position of the fit: `flowtrain.training.checkpoint.position`
 ``numbers``     for each phase how many of its epochs have begun; ``passes`` how many passes over its data
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
-``lanes``       the number of events of each lane, as the executor returns it; ``None`` if it has no lanes
+``lanes``       the number of events of each lane, and the events that were not done in time, as the executor returns
+                them; ``None`` if it has no lanes
 ``finite``      whether the trained parameters and the last loss are neither NaN nor infinite
 ==============  =====================================================================================================
 
@@ -43,17 +44,20 @@ from flowtrain.callback.phases import Phase
 from flowtrain.core.optimizers import IMPLEMENTATION
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, FlowtrainError
+from flowtrain.graph.executor import Executor, Site, finish_waiting
 from flowtrain.state.by_phase import CountsMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.shards import Pieces, shard_like
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.reading import FORMAT, JUDGED, VERSION
+from flowtrain.training.sinks import Sinks
 
 __all__ = [
     "apply",
     "check_fits",
     "check_models",
+    "finish",
     "gather",
     "load_callbacks",
     "load_models",
@@ -278,6 +282,42 @@ def _other_optimizer(
 
 
 # --- restore
+
+
+def finish(
+    contents: Mapping[str, Any], core: TorchCore, executor: Executor, site: Site, sinks: Sinks
+) -> dict[str, Any]:
+    """Process the events that waited in lanes when a checkpoint was taken that has just been restored.
+
+    Args:
+        contents: The contents of the checkpoint.
+        core: The core of the learner; of several ranks the main one processes the events.
+        executor, site, sinks: The executor, the loop and the backends, which stand where the checkpoint says.
+
+    Returns:
+        The contents that the checkpoint would have if no event had waited.
+
+    Raises:
+        Exception: The events cannot be read (`CheckpointError`), or a handler failed.
+    """
+    lanes = contents["lanes"]
+    waiting = lanes and lanes.get("waiting")
+    if not waiting or (core.world is not None and not core.world.main):
+        return {**contents}
+    finish_waiting(executor, waiting, site)
+    names, packer = {name.partition(".")[0] for each in waiting.values() for name in each["handlers"]}, Packer()
+    states = {
+        each.name: {**contents["callbacks"][each.name], "state": _callback(each, packer)["state"]}
+        for each in site.state.callbacks
+        if each.name in names and each.name in contents["callbacks"]
+    }
+    counts = {lane: lanes["sequences"].get(lane, 0) + each["count"] for lane, each in waiting.items()}
+    return {
+        **contents,
+        "callbacks": {**contents["callbacks"], **states},
+        "lanes": {"sequences": {**lanes["sequences"], **counts}, "waiting": {}},
+        "run": {**contents["run"], "positions": sinks.flush()},
+    }
 
 
 @_explained()

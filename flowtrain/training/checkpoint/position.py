@@ -8,6 +8,7 @@ were complete are taken from it and dropped.
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from itertools import chain, islice
@@ -79,19 +80,28 @@ class Position:
         """Note that an epoch of `phase` begins with its first batch."""
         self.phase, self.begun, self.batches = repr(phase), None, 0
 
-    def undo_begin(self, data: PhaseMap[Any]) -> None:
-        """Restore the generators to the beginning of the open epoch, whose loader has failed before its first batch.
+    def undo_begin(self, data: PhaseMap[Any], batches: int, passes: dict[Phase, int]) -> None:
+        """Restore the generators to the beginning of the open pass, if its loader has failed before its first batch.
 
         The loader may have drawn some of its numbers, as for the seed of its workers, and not yet the others, as for
         its order. A fit that resumes begins the pass anew.
+
+        Args:
+            data: The loaders by phase.
+            batches: The number of complete batches in the open epoch.
+            passes: The number of passes of each phase. That of a stream, which has counted this pass, is changed.
         """
-        if self.begun is not None:
+        begun = None if self.stream is None else self.stream.undo_begin()
+        if begun is not None and self.stream is not None:
+            passes[self.stream.phase] -= 1
+        elif not batches:
+            begun, self.begun = self.begun, None
+        if begun is not None:
             for phase, loader in data.items():
                 if repr(phase) == self.phase:
-                    set_loader_state(loader, self.begun["loader"], own=False)
-            if self.begun["random"] is not None:
-                set_random_state(self.begun["random"])
-            self.begun = None
+                    set_loader_state(loader, begun["loader"], own=False)
+            if begun["random"] is not None:
+                set_random_state(begun["random"])
 
     def end_epoch(self, batches: int) -> None:
         """Note that the epoch has ended after `batches` batches: after its last one, or by a cancel of the epoch."""
@@ -300,6 +310,14 @@ class Stream:
         self._resumed: Iterable[Any] | None = None
         self._again = False  # the last batch is given again
         self._batches = self._run()
+
+    def undo_begin(self) -> dict[str, Any] | None:
+        """Forget the open pass if its loader has failed before its first batch; return the `loader_start` of it."""
+        begun, count = self._pass
+        if count or inspect.getgeneratorstate(self._batches) != inspect.GEN_CLOSED:  # only an error ends the generator
+            return None
+        self._pass = None, 0
+        return begun
 
     def __iter__(self) -> Iterator[Any]:
         return self._batches

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterator, Sequence
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,12 @@ from flowtrain import (
     FitEnd,
     LearnerView,
     Phase,
+    TorchCore,
     TrainingPhase,
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import LogMetrics
+from flowtrain.callbacks import Checkpointer, LogMetrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_learner
 from flowtrain.testing.values import learner_leaves
@@ -287,3 +289,60 @@ def test_data_that_is_too_short_is_refused_before_anything_changes(phase: type[P
             other.fit(2, resume=tmp_path / "one.ckpt")
         assert dict(learner_leaves(other)) == before
     assert (tmp_path / "log.jsonl").read_bytes() == logged
+
+
+class Torn:
+    """A loader in random order whose pass fails once, by the signal that interrupts training, before its first batch.
+
+    Before that it has drawn a number, as torch's loader does for the seeds of its workers.
+
+    Args:
+        fails: The number of the pass that fails; 0 for none.
+    """
+
+    def __init__(self, fails: int) -> None:
+        self.fails, self.passes = fails, 0
+        self.numbers: list[int] = []
+
+    def set_epoch(self, number: int) -> None:
+        """Note the number of the pass."""
+        self.numbers.append(number)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        self.passes += 1
+        torch.rand(())
+        if self.passes == self.fails:
+            signal.raise_signal(signal.SIGTERM)
+            raise RuntimeError("a worker was ended by the signal")
+        for number in torch.randperm(4).tolist():
+            inputs = torch.full((2, 1), float(number)) + torch.rand(())
+            yield inputs, 3 * inputs
+
+
+@pytest.mark.parametrize("validate_every", [2, 3, 4, 5, None])
+@pytest.mark.parametrize("fails", [1, 2, 4])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loader_that_fails_with_the_interrupt_before_its_first_batch(
+    validate_every: int | None, fails: int, accumulate: int, tmp_path: Path
+) -> None:
+    """Rule 29: the resumed run is the uninterrupted one, wherever in an epoch the pass of a stream begins."""
+
+    def train(fails: int, resume: str | None = None, callbacks: Sequence[Callback] = ()) -> Any:
+        """Train for 14 steps; return the parameter, the losses and the numbers of the passes."""
+        loader = Torn(fails)
+        learner = tiny_learner(*callbacks, data=loader, core=TorchCore(accumulate=accumulate))
+        learner.fit(steps=14, validate_every=validate_every, resume=resume)
+        return learner.model.coeff.item(), learner.cbstate.metrics_step[TrainingPhase]["Loss"].values, loader.numbers
+
+    torch.manual_seed(4)
+    whole = train(0)
+    torch.manual_seed(4)
+    with pytest.raises(KeyboardInterrupt):
+        train(fails, callbacks=[Checkpointer(tmp_path)])
+    torch.manual_seed(77)
+    resumed = train(0, resume=str(tmp_path), callbacks=[Checkpointer(tmp_path)])
+    assert resumed[:2] == whole[:2]
+    assert resumed[2][-1] == whole[2][-1]

@@ -1,0 +1,206 @@
+"""Events that wait in lanes when a checkpoint is taken: they are in the checkpoint, and a fit that resumes has them.
+
+After an interrupt there may be no time to process them all. Each lane then stands still, and `saved` returns its events
+as plain values, with the state that its callbacks have before them. `finish` has the events processed in the fit that
+resumes, in their order and before any other: in the lanes of the callbacks, wherever these run now, and in place where
+a callback is not deferred any more, as under the serial executor.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from flowtrain.callback.handler import Handler
+from flowtrain.errors import CheckpointError
+from flowtrain.graph.executor import Site
+from flowtrain.graph.nodes import Node
+from flowtrain.logging.backend import deliver
+from flowtrain_dask.deferred.policy import Deferral, job_of
+from flowtrain_dask.lanes.lane import Lane
+from flowtrain_dask.lanes.work import Entry, Job, run_entries
+
+__all__ = ["failures_of", "finish", "log_pending", "saved", "wait"]
+
+_logger = logging.getLogger("flowtrain")
+
+_PutBack = Callable[[Node, Handler, Entry, bool], bool]
+"""Puts an event into a lane, with whether its records are written; ``False`` if the callback runs in place."""
+
+
+def wait(lanes: Iterable[Lane], stopping: Callable[[], bool], limit: float) -> bool:
+    """Wait until every lane is done or has failed, or until the time is over after training was stopped.
+
+    Args:
+        lanes: The lanes. Those that are not done in time are marked as given up.
+        stopping: Returns whether training is about to stop.
+        limit: The most seconds to wait from then on.
+
+    Returns:
+        Whether no lane was given up.
+    """
+    end: float | None = None
+    given_up = False
+    for lane in lanes:
+        lane.given_up = False
+        while not lane.flush(0.25) and not lane.over:
+            if end is None and stopping():
+                end = time.monotonic() + limit
+            if end is not None and time.monotonic() >= end:
+                given_up = lane.given_up = True
+                break
+    return not given_up
+
+
+def log_pending(lanes: Iterable[Lane], limit: float) -> None:
+    """Log how many events of each lane that was given up were not processed in some seconds."""
+    for lane in lanes:
+        if lane.given_up:
+            text = "flowtrain: %d events of lane %s were not processed in %g s"
+            _logger.warning(text, lane.report().pending, lane.job.lane, limit)
+
+
+def failures_of(lanes: Iterable[Lane]) -> list[BaseException]:
+    """Return the failures of the lanes. From here on each lane processes events again."""
+    failures: list[BaseException] = []
+    for lane in lanes:
+        try:
+            lane.raise_failure()
+        except BaseException as failure:  # the failures of all lanes are raised together
+            failures.append(failure)
+    return failures
+
+
+def saved(lanes: Iterable[Lane], limit: float) -> dict[str, dict[str, Any]]:
+    """Return the events of the lanes that were flushed in vain, by the names of the lanes, which stand still then.
+
+    Events that cannot be in a checkpoint get the time that they would have had without it; then a line in the log
+    tells how many are left.
+
+    Args:
+        lanes: The lanes.
+        limit: The most seconds to wait for the event that is at work in a lane.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for lane in lanes:
+        why, own = f"a handler has not returned for {limit:g} s", None
+        if lane.given_up and lane.pause(limit):
+            own, why = _saved(lane)
+            if own is None:
+                lane.flush(limit)
+        if own is None and lane.given_up and not lane.over and (left := lane.report().pending):
+            text = "flowtrain: %d events of lane %s are not in the checkpoint, and a fit that resumes lacks them: %s"
+            _logger.warning(text, left, lane.job.lane, why)
+        if own is not None and own["count"]:
+            found[lane.job.lane] = own
+        lane.note_saved(*(0, 0) if own is None else (own["count"], own["events"].nbytes))
+    return found
+
+
+def _saved(lane: Lane) -> tuple[dict[str, Any] | None, str]:
+    """Return the events that wait in a lane, which stands still, as plain values; or else why that is not possible."""
+    try:
+        from flowtrain_dask.cluster.codec import dump_entries
+        from flowtrain_dask.cluster.plain_pickling import PlainPickler
+    except ModuleNotFoundError as error:
+        return None, f"{error.name} is not installed: pip install 'flowtrain[dask]'"
+    entries, recorded = lane.unprocessed()
+    try:
+        blob = bytes(dump_entries(entries, PlainPickler))
+    except Exception as error:  # objects of the user define how they pickle, so anything may be raised
+        return None, f"{type(error).__name__}: {error}"
+    found = {
+        "handlers": [_name(each.name, each.handler) for each in lane.job.handlers],
+        "count": len(entries),
+        "recorded": recorded,
+        "events": torch.frombuffer(bytearray(blob), dtype=torch.uint8),
+    }
+    return found, ""
+
+
+def finish(waiting: Mapping[str, Mapping[str, Any]], site: Site, first: Mapping[str, int], put_back: _PutBack) -> None:
+    """Process the events that waited when a checkpoint was taken, or put them back into their lanes.
+
+    Args:
+        waiting: The result of `saved`.
+        site: The loop of the learner, whose callbacks have the state of the checkpoint.
+        first: For each lane the number of events before these, for `flowtrain.logging.identity`.
+        put_back: Puts an event into a lane.
+
+    Raises:
+        CheckpointError: The events cannot be read, because a type is not defined. Nothing has been processed.
+        Exception: A handler failed.
+    """
+    handlers = {_name(node.name, each): (node, each) for node in site.nodes for _, each in node.handlers}
+    loaded = {lane: _load(lane, each) for lane, each in waiting.items()}
+    _warn_of_missing(waiting, loaded, handlers)
+    for lane, entries in loaded.items():
+        jobs: dict[Node, Job] = {}
+        for number, entry in enumerate(entries):
+            if (found := handlers.get(waiting[lane]["handlers"][entry.handler])) is None:
+                continue
+            node, handler = found
+            recorded = number < waiting[lane]["recorded"]
+            if put_back(node, handler, entry, recorded):
+                continue
+            if node not in jobs:
+                jobs[node] = job_of([node], Deferral(), site.run.id)
+            job, position = jobs[node], [each for _, each in node.handlers].index(handler)
+            here = entry._replace(handler=position, sequence=first.get(lane, 0) + number)
+            _run(node, job, here, lane, recorded)
+
+
+def _run(node: Node, job: Job, entry: Entry, lane: str, recorded: bool) -> None:
+    """Run a handler in place, and write its records unless they are written already."""
+    result = run_entries([node.callback], job, [entry], job.run, lane, seeded=True)
+    if not recorded:
+        deliver(node.backends, ((position, data) for _, _, position, data in result.records))
+    if result.failure is not None:
+        raise result.failure[1]
+
+
+def _load(lane: str, waiting: Mapping[str, Any]) -> Sequence[Entry]:
+    from flowtrain_dask.cluster.codec import load_entries
+    from flowtrain_dask.cluster.plain_pickling import loads
+
+    try:
+        return load_entries(waiting["events"].numpy().tobytes(), loads)
+    except (pickle.UnpicklingError, ValueError) as error:
+        raise CheckpointError(
+            f"The checkpoint has {waiting['count']:,} events that waited in lane {lane}, and they cannot be read: "
+            f"{error}. Import the modules of your events, phases and data types before fit(resume=...). A file of "
+            f"others that names something else may want to run code."
+        ) from error
+
+
+def _warn_of_missing(
+    waiting: Mapping[str, Mapping[str, Any]], loaded: Mapping[str, Sequence[Entry]], handlers: Mapping[str, Any]
+) -> None:
+    """Warn of events whose handler the learner does not have."""
+
+    def missing() -> Iterator[str]:
+        """Yield the name of the handler of each such event."""
+        for lane, entries in loaded.items():
+            for entry in entries:
+                if (name := waiting[lane]["handlers"][entry.handler]) not in handlers:
+                    yield name
+
+    if names := list(missing()):
+        wanted = ", ".join(sorted({name.partition(" ")[0] for name in names}))
+        warnings.warn(
+            f"The checkpoint has {len(names):,} events that waited for {wanted}, which the learner does not have: they "
+            f"are not processed.",
+            UserWarning,
+            stacklevel=2,
+        )
+
+
+def _name(callback: str, handler: Handler) -> str:
+    """Return the name of a handler, which is the same in a learner that is built again."""
+    return f"{callback}.{handler.attribute} ({handler.event_type.__name__}, {handler.phase_type.__name__})"
