@@ -16,11 +16,13 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
-from flowtrain.errors import UsageError
+from flowtrain.callback.events import Event
+from flowtrain.callback.phases import Phase
+from flowtrain.errors import UsageError, is_type
 from flowtrain.graph.nodes import Edge
 from flowtrain.graph.plan import Plan
 
-__all__ = ["Drawing", "draw_plan"]
+__all__ = ["Drawing", "check_drawn", "draw_plan"]
 
 _CHAR, _LINE = 7.4, 18.0
 """The width of a character and the height of a line, in the font of the picture, which is 12 pixels high."""
@@ -220,17 +222,42 @@ class Drawing:
             raise UsageError(f"The drawing cannot be written to {str(path)!r}: {error}.") from error
 
 
-def draw_plan(plan: Plan, notes: Sequence[str] = (), times: Mapping[int, float] | None = None) -> Drawing:
+def check_drawn(event: object, phase: object) -> None:
+    """Check the arguments of `Callbacks.draw`.
+
+    Raises:
+        UsageError: The event is no event type, or the phase is neither ``None`` nor a phase type.
+    """
+    if not (is_type(event, Event) and (phase is None or is_type(phase, Phase))):
+        raise UsageError(
+            f"draw({event!r}, {phase!r}) takes the type of an event, and that of a phase. "
+            f"Write draw(BatchEnd, TrainingPhase)."
+        )
+
+
+def draw_plan(
+    plan: Plan,
+    notes: Sequence[str] = (),
+    times: Mapping[int, float] | None = None,
+    to: str | os.PathLike[str] | None = None,
+) -> Drawing:
     """Return the drawing of a plan.
 
     Args:
         plan: The plan.
         notes: Lines of the executor about the plan.
         times: The measured seconds of handlers, by their positions in the plan.
+        to: A file to which the drawing is written, as by `Drawing.save`.
+
+    Raises:
+        UsageError: The file cannot be written.
     """
     title = f"{plan.event_type.__name__}, {plan.phase_type.__name__}"
     labels = [planned.label for planned in plan.handlers]
-    return Drawing(title, labels, plan.edges, tuple(notes), dict(times or {}))
+    drawing = Drawing(title, labels, plan.edges, tuple(notes), dict(times or {}))
+    if to is not None:
+        drawing.save(to)
+    return drawing
 
 
 def _for_mermaid(text: str) -> str:

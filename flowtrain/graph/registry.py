@@ -25,7 +25,7 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
-from flowtrain.errors import CallbackError, RankError, UsageError, is_a, is_type, nearest
+from flowtrain.errors import CallbackError, RankError, is_a, nearest
 from flowtrain.graph.checks import (
     check_batch,
     check_cbstate,
@@ -36,7 +36,7 @@ from flowtrain.graph.checks import (
     check_series,
     entries_written,
 )
-from flowtrain.graph.drawing import Drawing, draw_plan
+from flowtrain.graph.drawing import Drawing, check_drawn, draw_plan
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx, unique_names
 from flowtrain.graph.order import order_event, order_setup
@@ -169,10 +169,7 @@ class Callbacks(Sequence[Callback]):
         return "\n\n".join(blocks) or "No callback has a handler for a known event."
 
     def draw(
-        self,
-        event: type[Event],
-        phase: type[Phase] | None = None,
-        to: str | os.PathLike[str] | None = None,
+        self, event: type[Event], phase: type[Phase] | None = None, to: str | os.PathLike[str] | None = None
     ) -> Drawing:
         """Return a picture of the handlers of an event: which of them run first, and why.
 
@@ -184,17 +181,10 @@ class Callbacks(Sequence[Callback]):
         Raises:
             UsageError: `event` or `phase` is no type of that kind, or the file cannot be written.
         """
-        if not (is_type(event, Event) and (phase is None or is_type(phase, Phase))):
-            raise UsageError(
-                f"draw({event!r}, {phase!r}) takes the type of an event, and that of a phase. "
-                f"Write draw(BatchEnd, TrainingPhase)."
-            )
+        check_drawn(event, phase)
         known = (each for each, order in self._known.items() if each[0] is event and order.nodes)
         plan = self.plan(event, phase or next(known, (event, Phase))[1])
-        drawing = draw_plan(plan, self._notes(plan).splitlines())
-        if to is not None:
-            drawing.save(to)
-        return drawing
+        return draw_plan(plan, self._notes(plan).splitlines(), to=to)
 
     def find(self, wanted: type | str) -> Callback | None:
         """Return the first callback of a type, subclasses included, or of a name; ``None`` if the learner has none.
