@@ -25,6 +25,7 @@ ELSEWHERE = {
     "examples/huggingface": "examples/test_programs",
     "state/shards": "ranks/test_sharded",
     "testing/probes": "testing/test_contract",
+    "training/checkpoint/lock_file": "training/checkpoint/test_folder_lock",
     "training/checkpoint/rank_checkpoints": "ranks/test_checkpoints",
     "training/checkpoint/shard_files": "ranks/test_shard_files",
     "training/rank_data": "ranks/test_data",

@@ -61,14 +61,13 @@ class DaskExecutor:
             that the executor starts and ends, for callbacks that compute in Python. A ``distributed.Client``, a cluster
             object or the address of a scheduler: on that cluster, which the executor does not close.
         workers: How many handlers can run at the same time, including one on the training thread. By default the number
-            of cores that this process may use, and more if handlers wait for a disk or a network.
+            of cores that this process may use, and more if handlers wait.
         parallel: ``"auto"`` runs an event in parallel if measuring shows that this is faster, ``"always"`` if two
             handlers are independent, ``"never"`` not at all.
         defer: ``"auto"`` leaves a deferrable callback in place until measuring shows that training is faster without
             it, ``"always"`` or ``True`` defers it from the first event on, ``"never"`` or ``False`` not at all. With
             `resources` ``"auto"`` is ``"always"``.
-        resources: The resources that a worker of the cluster must have, such as ``{"flowtrain": 1}``; see
-            ``docs/cluster.md``.
+        resources: The resources that each worker must have, as ``{"flowtrain": 1}``; see ``docs/cluster.md``.
         drain_timeout: The seconds for which deferred events are still processed after training was interrupted and its
             checkpoint is written, and for which the executor waits for a cluster before training.
         limits: How many deferred events, and how many bytes of them, may wait.
@@ -102,9 +101,8 @@ class DaskExecutor:
         options = Options(Limits() if limits is None else limits, on_error, on_cluster_loss, drain_timeout)
         self._deferred = DeferredCallbacks(cluster, defer, dict(resources or {}), options)
         if workers is not None:
-            workers = whole_number(
-                "DaskExecutor(): workers, of which the training thread is one,", workers, 1, ExecutorError
-            )
+            what = "DaskExecutor(): workers, of which the training thread is one,"
+            workers = whole_number(what, workers, 1, ExecutorError)
         self._bounded = workers is not None
         self._pool = StrandPool(_cores() if workers is None else workers)
         self._serial = SerialExecutor()

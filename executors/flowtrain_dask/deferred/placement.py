@@ -419,14 +419,16 @@ class ConsumersOnly:
             DeferredCancelError: A deferrable callback raised a cancel.
         """
         where = f"({type(event).__name__}, {phase!r})"
-        found = [
+        failures = [
             (each, cancel_error(failure, each.label, type(each.callback).__name__, where))
             if isinstance(failure, CancelException) and each.node.name in self.names
             else (each, failure)
             for each, failure in failures
         ]
-        del failures  # see `flowtrain.errors.raise_worst`
-        self._site.fail(plan, event, phase, found)
+        try:
+            self._site.fail(plan, event, phase, failures)
+        finally:
+            del failures  # see `flowtrain.errors.raise_worst`
 
     def drain(self, phase: Phase) -> None:
         """Fire the events in `Site.fired`, then take the checkpoints in `Site.requests`.
@@ -441,8 +443,7 @@ class ConsumersOnly:
                 name, what = refused[0]
                 queue[:] = [one for one in queue if one[0] not in self.names]  # type: ignore[misc]  # each its own type
                 raise UsageError(
-                    f"{name} calls learner.{method}({what!r}), but it is deferrable: in its lane it runs after the "
-                    f"event, and training has gone on. Set deferrable = False on the callback, or write "
-                    f'DaskExecutor(defer="never").'
+                    f"{name} calls learner.{method}({what!r}), but it is deferrable: in its lane it runs later than "
+                    f'the event. Set deferrable = False on the callback, or write DaskExecutor(defer="never").'
                 )
         site.drain(phase)

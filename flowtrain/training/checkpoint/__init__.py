@@ -4,10 +4,10 @@
 of a learner and restores it. `changes` handles the changes that training has made to modules and optimizers and that no
 ``state_dict`` holds: `attributes` records attributes, modes and hooks, `groups` the parameter groups of optimizers.
 `files` writes checkpoint files, complete or not at all; `reading` finds and reads them, and refuses damaged ones;
-`form` tells which contents are possible; `folder_lock` lets one process at a time train into a folder. `position` knows
-how far a fit is in its data, `rng` the states of the random number generators. `rank_checkpoints` takes the checkpoints
-of several ranks, `rank_parts` has what differs between them, and `shard_files` knows the files in which each rank has
-its part of a sharded model.
+`form` tells which contents are possible; `folder_lock` lets one process at a time train into a folder, whose owner
+`lock_file` names. `position` knows how far a fit is in its data, `rng` the states of the random number generators.
+`rank_checkpoints` takes the checkpoints of several ranks, `rank_parts` has what differs between them, and `shard_files`
+knows the files in which each rank has its part of a sharded model.
 """
 
 __all__: list[str] = []

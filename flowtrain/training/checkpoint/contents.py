@@ -20,8 +20,7 @@ entry           meaning
 ``position``    the position of the fit: `flowtrain.training.checkpoint.position`
 ``numbers``     for each phase how many of its epochs have begun; ``passes`` how many passes over its data
 ``run``         the ``id`` of the run, the ``positions`` of its sinks, and the ``folder`` of the checkpoint
-``lanes``       the number of events of each lane, and the events that were not done in time, as the executor returns
-                them; ``None`` if it has no lanes
+``lanes``       the number of events of each lane, and the events that were not done in time; ``None`` without lanes
 ``finite``      whether the trained parameters and the last loss are neither NaN nor infinite
 ==============  =====================================================================================================
 

@@ -25,9 +25,10 @@ from flowtrain import BatchEnd, Callback, CheckpointError, LearnerView, Training
 from flowtrain.callbacks import Checkpointer, LogMetrics
 from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_learner
-from flowtrain.training.checkpoint import folder_lock
+from flowtrain.training.checkpoint import folder_lock, lock_file
 from flowtrain.training.checkpoint.files import write_whole
-from flowtrain.training.checkpoint.folder_lock import NAME, Folders, started
+from flowtrain.training.checkpoint.folder_lock import Folders
+from flowtrain.training.checkpoint.lock_file import NAME, Owner, started
 from tests.support.programs import importing_the_same
 from tests.support.waiting import wait_for
 
@@ -235,7 +236,7 @@ def test_an_owner_on_another_machine_that_was_silent_for_a_minute_is_dead(tmp_pa
 
 @pytest.mark.parametrize("changed", [{"started": "another time"}, {"process": 2**22 + 1}])
 def test_the_number_of_a_dead_process_may_be_that_of_another(tmp_path: Path, changed: dict[str, object]) -> None:
-    owner = folder_lock._Owner.here()
+    owner = Owner.here()
     here = {"host": owner.host, "machine": owner.machine, "process": os.getpid(), "started": owner.started}
     of_elsewhere(tmp_path, silence=0, **{**here, **changed})
     tiny_learner(Checkpointer(tmp_path)).fit(1)
@@ -273,7 +274,7 @@ def test_a_process_that_lost_its_folder_writes_nothing_more(tmp_path: Path) -> N
     taken = Meanwhile(lambda: of_elsewhere(tmp_path, silence=0))
     with pytest.raises(CheckpointError) as caught:
         tiny_learner(Checkpointer(tmp_path), taken).fit(3)
-    assert os.listdir(tmp_path) == [NAME]
+    assert sorted(os.listdir(tmp_path)) == [NAME, "latest", "start.ckpt"]
     assert json.loads((tmp_path / NAME).read_text())["host"] == "node17"
     assert f"Another run has taken over the folder {tmp_path}: process 4711 on node17, since " in str(caught.value)
     assert f"This process (process {os.getpid()} on " in str(caught.value)
@@ -353,7 +354,7 @@ def test_a_fit_that_fails_gives_its_folder_back(tmp_path: Path) -> None:
 
     with pytest.raises(RuntimeError, match="broken"):
         tiny_learner(Checkpointer(tmp_path), Meanwhile(fail)).fit(1)
-    assert os.listdir(tmp_path) == []
+    assert sorted(os.listdir(tmp_path)) == ["latest", "start.ckpt"]
 
 
 def test_of_two_folders_none_is_kept_if_one_is_in_use(tmp_path: Path) -> None:
@@ -409,7 +410,7 @@ def test_a_file_system_without_links_and_locks_has_locks_too(tmp_path: Path, mon
 
     monkeypatch.setattr(os, "link", refuse)
     monkeypatch.setattr("fcntl.flock", refuse)
-    monkeypatch.setattr(folder_lock, "_SETTLE", 0.01)
+    monkeypatch.setattr(lock_file, "_SETTLE", 0.01)
     first, second = Folders(print), Folders(print)
     first.hold([tmp_path], waits=False)
     with pytest.raises(CheckpointError):
