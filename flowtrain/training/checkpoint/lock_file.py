@@ -125,6 +125,7 @@ def take(folder: Path, owner: Owner) -> Owner | None:
     lock, own = folder / NAME, folder / f"{NAME}.{owner.token}.tmp"
     try:
         own.write_text(json.dumps(asdict(owner)) + "\n", "utf-8")
+        _remove_dead(folder, own.stat().st_mtime)
         while not _appears(own, lock):
             with _alone(folder) as alone:
                 found = read(lock)
@@ -146,6 +147,14 @@ def take(folder: Path, owner: Owner) -> Owner | None:
     finally:
         with suppress(OSError):
             own.unlink(missing_ok=True)
+
+
+def _remove_dead(folder: Path, now: float) -> None:
+    """Remove the files of processes that died before they had given them the name of the lock."""
+    for path in folder.glob(f"{NAME}.*.tmp"):
+        found = read(path)
+        if found is not None and not found[0].lives(now - found[1]):
+            path.unlink(missing_ok=True)
 
 
 def _appears(own: Path, lock: Path) -> bool:
