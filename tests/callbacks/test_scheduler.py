@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -408,7 +409,7 @@ def test_a_state_goes_on_exactly(stop_after: int) -> None:
     halves.remove_callback(Stop)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     halves.replace_callback(second)
-    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), untyped(None))
+    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), untyped(SimpleNamespace(rank=0)))
     for _ in range(4 - stop_after):
         halves.epoch(TrainingPhase)
         halves.epoch(ValidationPhase)

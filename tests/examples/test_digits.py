@@ -294,7 +294,7 @@ def test_a_run_that_was_interrupted_before_it_began_says_so(tmp_path: Path, monk
     ("arguments", "message"),
     [
         (["--executor", "no://127.0.0.1:1"], "DaskExecutor(cluster='no://127.0.0.1:1') is no address of a dask sch"),
-        (["--resume"], "There is no checkpoint {folder}/checkpoints: no such file."),
+        (["--resume"], "The folder {folder}/checkpoints has no checkpoint that is complete: there is no file 'latest'"),
     ],
 )
 def test_what_is_found_out_later_is_said_in_one_line_too(

@@ -9,7 +9,7 @@ through these modes (`Placement.mode`):
 2. *waiting*, then *racing*: as soon as a handler has taken longer than that, rounds from one of its events to its next
    one, training included, are timed by turns with the lane's events in place and in the lane, in the order A B B A. A
    round in the lane ends when the lane is empty. The rounds are compared as in `flowtrain_dask.parallel.decision`.
-3. *in place* or *lane*: the way that won. When an epoch begins, it is measured again (`Placement.look_again`), but so
+3. *in place* or *lane*: the way that won. It is measured again (`Placement.look_again`) when an epoch begins, but so
    seldom that races take at most a hundredth of the time.
 
 The lane is empty at each move to place, and nothing is in it until the move back. So the events of its callbacks keep
@@ -141,10 +141,7 @@ class Placement:
         clock: Returns the time in seconds.
 
     Attributes:
-        nodes: The same.
-        name: The same.
-        first: The same.
-        far: The same.
+        nodes, name, first, far: The same.
         lane: The lane, once it has had an event.
         mode: See the docstring of the module.
         deferred: Whether events go to the lane now.
@@ -191,8 +188,7 @@ class Placement:
 
     def opened(self) -> Lane:
         """Return the lane, and make it if there is none yet."""
-        if self.lane is None:
-            self.lane = self._make_lane(self)
+        self.lane = self.lane or self._make_lane(self)
         return self.lane
 
     def move(self, deferred: bool) -> bool:
@@ -241,9 +237,9 @@ class Placement:
             """Run the handler in place or hand its event over, and measure this as long as nothing is decided."""
             if self.anchor is spot:
                 self._turn_of_anchor()
-            if self.deferred:
-                if self.mode != "racing":
-                    return hand_over(event, phase, view)
+            if self.deferred and self.mode != "racing":
+                hand_over(event, phase, view)
+            elif self.deferred:
                 begin = clock()
                 hand_over(event, phase, view)
                 self._handing.append(clock() - begin)
@@ -254,7 +250,6 @@ class Placement:
                 self._add(spot, clock() - begin)
             else:
                 call(event, phase, view)
-            return None
 
         return run
 
@@ -264,6 +259,7 @@ class Placement:
         if spot.is_costly:
             if self.mode == "in place":
                 self.mode, self.anchor = "waiting", spot
+                self._compile_all()  # handlers with the plain call would overtake those whose events go to the lane
         elif spot.calls >= TIMED:
             spot.timed = False
             self._decided_at = self._clock()
@@ -311,6 +307,10 @@ class Placement:
             spot.timed = False
         if self._turn is not None:
             self._turn.give_back(self)
+        self._compile_all()
+
+    def _compile_all(self) -> None:
+        """Have all plans with a handler of these callbacks compiled again when the present event has ended."""
         self._stale.update(spot.plan for spot in self._spots.values())
 
     def look_again(self) -> None:
@@ -323,7 +323,7 @@ class Placement:
         elif self.mode == "in place":
             for spot in self._spots.values():
                 spot.begin()
-        self._stale.update(spot.plan for spot in self._spots.values())
+        self._compile_all()
 
     def retire(self, failure: BaseException) -> None:
         """Log a failure of a handler in place, and let the callbacks have no more events."""

@@ -48,6 +48,7 @@ class _Lock:
         folder: The folder.
         owner: This process, as the lock file names it.
         learner: The `Folders` of the learner that trains into the folder, or was the last to do so.
+        made: Whether this process has made the folder.
         busy: Whether that learner trains.
         lost: The process that has taken the folder over, if any.
     """
@@ -55,6 +56,7 @@ class _Lock:
     folder: Path
     owner: Owner
     learner: Folders
+    made: bool
     busy: bool = True
     lost: Owner | None = None
 
@@ -94,11 +96,13 @@ class _Lock:
             )
 
     def remove(self) -> None:
-        """Remove the lock file, unless it is that of another process."""
+        """Remove the lock file, unless it is that of another process, and the folder if the fit has left it empty."""
         found = read(self.file)
         if found is not None and found[0].token == self.owner.token:
             with suppress(OSError):
                 self.file.unlink()
+                if self.made:
+                    self.folder.rmdir()  # which fails if anything is in it
 
 
 _held: dict[str, _Lock] = {}
@@ -169,10 +173,10 @@ class Folders:
                 with _changing:
                     self._hold_here(Path(path))
                 if path not in _held:
-                    owner = Owner.here()
+                    owner, made = Owner.here(), not os.path.exists(path)
                     _wait_for(Path(path), owner, PATIENCE if waits else 0.0)
                     with _changing:
-                        _held[path] = _Lock(Path(path), owner, self)
+                        _held[path] = _Lock(Path(path), owner, self, made)
                         self._locks.append(_held[path])
                         _begin_beating()
         except BaseException:

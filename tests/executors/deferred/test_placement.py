@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -32,18 +33,20 @@ from flowtrain import (
     Phase,
     Read,
     TrainingPhase,
+    UpdateBegin,
     Write,
     on,
 )
 from flowtrain.callbacks import Checkpointer, LogMetrics, throttle
 from flowtrain.errors import DeferredCancelError, ExecutorError, UsageError
-from flowtrain.logging import JsonlBackend
+from flowtrain.logging import JsonlBackend, Value, log
 from flowtrain.logging.backend import identity
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, register_copier
 from flowtrain_dask.deferred.placement import TIMED, Placement
 from flowtrain_dask.deferred.policy import Defer
 from tests.support.clock import Clock, Tick
+from tests.support.logs import log_records
 
 
 class Costs(Callback):
@@ -395,6 +398,33 @@ def test_the_log_of_a_callback_that_moves_is_the_serial_one(tmp_path: Path, dask
         logs.append([line.partition('"time"')[0] for line in path.read_text().splitlines()])
     assert logs[1:] == [logs[0]] * 2
     assert len(logs[0]) > 8
+
+
+class Slow(Callback):
+    """Logs the number of its updates, and takes 3 ms for it."""
+
+    deferrable = True
+
+    def __init__(self, backend: JsonlBackend) -> None:
+        self.backends = (backend,)
+        self.updates = 0
+
+    @on(UpdateBegin, TrainingPhase, access={})
+    def write(self, event: UpdateBegin, phase: Phase, learner: LearnerView) -> None:
+        self.updates += 1
+        time.sleep(0.003)
+        log(self.backends, Value(float(self.updates)), "Updates", self.updates, ("Step",))
+
+
+def test_a_slow_callback_of_a_lane_in_which_another_one_has_settled(tmp_path: Path) -> None:
+    """Rule 23: `LogMetrics` is called directly by then, and must not overtake the events that go to the lane now."""
+    for executor in ("serial", "dask"):
+        backend = JsonlBackend(tmp_path / executor)
+        both = LogMetrics(backend), throttle(Slow(backend), UpdateBegin, every=15)
+        with tiny_learner(*both, n_batches=300, executor=executor) as learner:
+            learner.fit(1)
+            assert executor == "serial" or placements_of(learner)[0]._raced is not None
+    assert log_records(tmp_path / "dask") == log_records(tmp_path / "serial")
 
 
 @pytest.mark.parametrize("event_type", [EpochEnd])

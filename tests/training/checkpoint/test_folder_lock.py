@@ -342,10 +342,19 @@ def test_a_learner_may_follow_one_whose_events_still_wait(tmp_path: Path) -> Non
     first.idle()
     second.hold([tmp_path], waits=False)
     first.release()
-    assert sorted(os.listdir(tmp_path)) == [NAME, "other"]
-    assert os.listdir(tmp_path / "other") == []
+    assert os.listdir(tmp_path) == [NAME]
     second.release()
-    assert os.listdir(tmp_path) == ["other"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_fit_that_is_refused_leaves_no_folder_that_was_not_there(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no checkpoint that is complete"):
+        tiny_learner(Checkpointer(tmp_path / "new")).fit(1, resume=tmp_path / "new")
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "old").mkdir()
+    with pytest.raises(CheckpointError, match="has no checkpoint that is complete"):
+        tiny_learner(Checkpointer(tmp_path / "old")).fit(1, resume=tmp_path / "old")
+    assert os.listdir(tmp_path) == ["old"]
 
 
 def test_the_file_of_a_process_that_died_before_it_had_the_lock_is_removed(tmp_path: Path) -> None:
@@ -376,7 +385,7 @@ def test_of_two_folders_none_is_kept_if_one_is_in_use(tmp_path: Path) -> None:
     of_elsewhere(tmp_path / "b", silence=0)
     with pytest.raises(CheckpointError, match="in use by another run"):
         tiny_learner(Checkpointer(tmp_path / "a"), Checkpointer(tmp_path / "b")).fit(1)
-    assert os.listdir(tmp_path / "a") == []
+    assert os.listdir(tmp_path) == ["b"]
 
 
 def test_a_forked_child_neither_owns_nor_removes_the_lock(tmp_path: Path) -> None:
