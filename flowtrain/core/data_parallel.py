@@ -170,7 +170,7 @@ class DataParallel:
             )
 
     def _run(self, *inputs: Any, **named: Any) -> Any:
-        return self._ddp(*inputs, **named)
+        return self.world.guarded(self._ddp, *inputs, **named)  # its second call has a collective of its own
 
     def send(self, wanted: bool) -> None:
         """Say whether the gradients of the next batch travel: not if its accumulation group has further batches."""

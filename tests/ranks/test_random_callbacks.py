@@ -193,7 +193,7 @@ def exchange_early(check: bool) -> str:
     """Exchange a value before the backward pass, in a batch that the second rank cancels."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=2))
     if not check:
-        pytest.MonkeyPatch().setattr(registry, "check_places", lambda *arguments: None)
+        pytest.MonkeyPatch().setattr(registry, "check_exchange_events", lambda *arguments: None)
     access: Access = {LOSS: Read(reduce="mean"), "cbstate.a": Write()}
     end = fit(Random(1, access, "every", BackwardBegin), Alone(BatchBegin, TrainingPhase, "batch", 2))
     return "" if end.error is None else f"{end.error.kind}: {end.error.text}"
