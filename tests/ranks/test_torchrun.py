@@ -80,6 +80,14 @@ torch.save(model.state_dict(), folder / f"{rank}.pt")
 """
 
 
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+    "COLUMNS": "100",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # otherwise a rank that is started again finds the addresses of before
+}
+
+
 def torchrun(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     """Run a program, given by the arguments of `python`, on two ranks."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *options]
@@ -88,7 +96,7 @@ def torchrun(*arguments: str, options: tuple[str, ...] = ()) -> subprocess.Compl
         capture_output=True,
         text=True,
         timeout=300,
-        env=importing_the_same() | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "COLUMNS": "100"},
+        env=importing_the_same() | ENVIRONMENT,
     )
 
 

@@ -39,10 +39,12 @@ class Started:
 
     def __init__(self, pid: int) -> None:
         self.pid = pid
-        self._process = os.pidfd_open(pid)
+        self._process: int | None = os.pidfd_open(pid)
 
     def poll(self, seconds: float = 0) -> int | None:
-        """Return 0 if the program has ended, ``None`` if it still runs after this time."""
+        """Return 0 if the program has ended or the handle was closed, ``None`` if it still runs after this time."""
+        if self._process is None:
+            return 0
         return 0 if select.select([self._process], [], [], seconds)[0] else None
 
     def wait(self, seconds: float) -> int:
@@ -53,7 +55,7 @@ class Started:
 
     def send_signal(self, number: signal.Signals) -> None:
         """Send a signal, if the program still runs."""
-        if self.poll() is None:
+        if self.poll() is None and self._process is not None:
             signal.pidfd_send_signal(self._process, number)
 
     def kill(self) -> None:
@@ -61,8 +63,10 @@ class Started:
         self.send_signal(signal.SIGKILL)
 
     def close(self) -> None:
-        """Free the handle of the process."""
-        os.close(self._process)
+        """Free the handle of the process, once."""
+        if self._process is not None:
+            os.close(self._process)
+            self._process = None
 
 
 class Programs:
