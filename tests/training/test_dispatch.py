@@ -440,5 +440,5 @@ class Late(Callback):
 
 
 def test_a_deferred_handler_cannot_ask_for_one() -> None:
-    with pytest.raises(UsageError, match=r"Late calls learner\.request_checkpoint\(.*a\.ckpt.*\), but it is deferrable"):
+    with pytest.raises(UsageError, match=r"Late calls learner\.request_checkpoint\(.*a\.ckpt.*\), but it is defer"):
         tiny_learner(Late(), executor=DaskExecutor(), n_batches=1).fit(1)
