@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from numbers import Number, Real
+from operator import add
 from typing import Any, NamedTuple
 
 import torch
@@ -365,7 +367,8 @@ def _number(values: Sequence[Any], path: str, how: Reduction) -> Any:
             if all(isinstance(value, Real) for value in values):
                 return min(values) if how == "min" else max(values)
         else:
-            total: Any = sum(values)  # from the first rank to the last one
+            # From the first rank to the last one. `sum` adds numbers in another way since Python 3.12.
+            total: Any = reduce(add, values, 0)
             return total / len(values) if how == "mean" else total
     elif all(type(value) in PLAIN and type(value) is type(first) and value == first for value in values):
         return first  # a text beside the numbers, the same on every rank
