@@ -49,7 +49,6 @@ from flowtrain.training.rank_loop import make_loop
 
 __all__ = ["Learner"]
 
-
 _QUIET: tuple[type[Callback], ...] = (Recorder, Metrics, StopOnNaNLoss)
 _PRINTING: tuple[type[Callback], ...] = (ProgressBar, MetricsPrinter)
 
@@ -272,8 +271,7 @@ class Learner:
         self.loop.checkpoints.close()
         self.core.close()
         self.state = self.state.hand_over()
-        if self.stopped is not None:
-            self._calls.stopped = without_frames(self.stopped)
+        self._calls.stopped = self.stopped and without_frames(self.stopped)
 
     def __enter__(self) -> Self:
         return self
@@ -303,6 +301,8 @@ class Learner:
     lossfn = property(attrgetter("state.lossfn"), doc="The loss function.")
     optimizer = property(attrgetter("state.optimizer"), doc="The optimizer, or all optimizers by name.")
     data = property(attrgetter("state.data"), doc="The loaders by phase: ``learner.data[TrainingPhase]``.")
+    rank = property(attrgetter("state.rank"), doc="The number of this process among those that train together.")
+    world_size = property(attrgetter("state.world_size"), doc="The number of processes that train together.")
 
     @property
     def params(self) -> Mapping[str, Any]:

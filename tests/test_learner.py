@@ -365,6 +365,9 @@ def test_what_a_learner_is() -> None:
     assert learner.params["coeff"] is learner.model.coeff
     assert learner.executor.name == "serial"
     assert repr(learner.callbacks) == "<Callbacks: Recorder, Metrics, StopOnNaNLoss>"
+    for _ in range(2):
+        assert (learner.rank, learner.world_size) == (0, 1)
+        learner.close()
 
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, pickle.dumps])

@@ -38,6 +38,15 @@ def learner_of(train: Any, valid: Any, *callbacks: Any, **options: Any) -> Learn
     )
 
 
+def numbers() -> tuple[int, int, int]:
+    learner = learner_of(batches([2]), batches([2]))
+    return learner.rank, learner.world_size, rank()
+
+
+def test_a_program_knows_the_number_of_its_process(ranks: Ranks) -> None:
+    assert ranks.values(numbers) == [(0, 2, 0), (1, 2, 1)]
+
+
 class Largest:
     """An accumulator that merges ranks itself. Importing torchmetrics takes long in a process that has just begun."""
 

@@ -65,12 +65,12 @@ class Owner:
     def here(cls) -> Owner:
         """Return this process as an owner."""
         own = os.getpid()
-        return cls(socket.gethostname(), machine(), own, started(own), time.time(), secrets.token_hex(8))
+        return cls(socket.gethostname(), _machine(), own, started(own), time.time(), secrets.token_hex(8))
 
     @property
     def is_near(self) -> bool:
         """Whether the table of processes of this system has the owner."""
-        return bool(self.process) and (self.host, self.machine) == (socket.gethostname(), machine())
+        return bool(self.process) and (self.host, self.machine) == (socket.gethostname(), _machine())
 
     def lives(self, silence: float) -> bool:
         """Tell whether the owner lives.
@@ -107,7 +107,7 @@ def started(process: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def machine() -> str:
+def _machine() -> str:
     """Return the boot of this machine and the namespace of this process, as far as the system tells them."""
     found = []
     with suppress(OSError):
