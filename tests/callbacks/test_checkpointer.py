@@ -594,7 +594,7 @@ def test_two_in_one_folder_are_refused_before_training(tmp_path: Path) -> None:
         learner = tiny_learner(Checkpointer(tmp_path / "kept"), Checkpointer(other, monitor=None, keep_top_k=1))
         with pytest.raises(UsageError, match=r"Checkpointer and Checkpointer#2 both keep .* a folder of its own"):
             learner.fit(1)
-        assert not [each.name for each in (tmp_path / "kept").iterdir()]
+        assert not (tmp_path / "kept").exists()
     apart = tiny_learner(Checkpointer(tmp_path / "one"), Checkpointer(tmp_path / "two"))
     apart.fit(1)
     assert (tmp_path / "two" / "latest").read_text() == "epoch-0001.ckpt\n"
