@@ -63,13 +63,13 @@ class Settings:
         if self.prefetch is not None and not is_a(self.prefetch, (bool, Transfer)):
             raise CoreError(f"prefetch is True, False, None or a Transfer of your own; got {self.prefetch!r}.")
         switches = (
-            ("channels_last", self.channels_last, ""),
-            ("tf32", self.tf32, " or None"),
-            ("check_params", self.check_params, ""),
+            ("channels_last", self.channels_last, "True or False"),
+            ("tf32", self.tf32, "True, False or None"),
+            ("check_params", self.check_params, "True or False"),
         )
-        for name, value, also in switches:
-            if not is_a(value, bool) and not (also and value is None):
-                raise CoreError(f"{name} is True, False{also}; got {value!r}.")
+        for name, value, known in switches:
+            if not is_a(value, bool) and not (value is None and known.endswith("None")):
+                raise CoreError(f"{name} is {known}; got {value!r}.")
         check_compile(self.compile, self.accumulate)
         choices: dict[str, tuple[object, tuple[object, ...]]] = {
             "parallel": (self.parallel, ("auto", "ddp", "fsdp", None)),

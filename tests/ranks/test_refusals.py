@@ -382,7 +382,14 @@ def test_parameters_that_differ_are_noticed_on_request(ranks: Ranks) -> None:
 def load(folder: str, which: str) -> str:
     made = learner(model(), Checkpointer(folder, monitor=None))
     made.fit(2)
-    if which != "one" or rank():
+    if which == "damaged":
+        if not rank():
+            (Path(folder) / "latest").write_text("epoch-0009.ckpt\n")
+        made.epoch(TrainingPhase)  # in which the ranks meet, so the pointer is written before the other rank reads it
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            made.load(folder)
+    elif which != "one" or rank():
         made.load(Path(folder) / f"epoch-000{1 + rank() if which == 'others' else 1}.ckpt")
     try:
         made.fit(1)
@@ -397,6 +404,7 @@ def test_a_checkpoint_that_one_rank_alone_has_loaded_is_noticed(ranks: Ranks, tm
         for text in ranks.values(load, str(tmp_path / which), which):
             assert f"rank 0: {zero}; rank 1: {one}. All ranks must call learner.load with the same file" in text
     assert ranks.values(load, str(tmp_path / "same"), "same") == ["", ""]
+    assert ranks.values(load, str(tmp_path / "damaged"), "damaged") == ["", ""]
 
 
 class Two(nn.Module):

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from flowtrain.callback.handler import Handler
+from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
@@ -170,7 +171,7 @@ def _load(lane: str, waiting: Mapping[str, Any]) -> Sequence[Entry]:
     from flowtrain_dask.cluster.plain_pickling import loads
 
     try:
-        return load_entries(waiting["events"].numpy().tobytes(), loads)
+        return load_entries(tensor_bytes(waiting["events"]), loads)
     except (pickle.UnpicklingError, ValueError) as error:
         raise CheckpointError(
             f"The checkpoint has {waiting['count']:,} events that waited in lane {lane}, and they cannot be read: "

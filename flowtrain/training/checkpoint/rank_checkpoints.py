@@ -190,7 +190,10 @@ class RankCheckpoints(Checkpoints):
     def load(self, path: Any) -> None:
         """See `Checkpoints.load`. All ranks must call it, which `loaded` lets them notice."""
         super().load(path)
-        self._loads.append(find_file(path).name)
+        try:
+            self._loads.append(find_file(path).name)
+        except CheckpointError:  # its pointer is damaged, and the checkpoint before was loaded
+            self._loads.append(Path(path).name)
 
     def loaded(self) -> dict[str, str]:
         """Return the names of the files that were loaded since the last call, and a fingerprint of what they gave."""
