@@ -105,7 +105,7 @@ from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unre
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
-from flowtrain.callbacks import summary as _summary
+from flowtrain.callbacks import model_summary as _summary
 from flowtrain.core.optimizers import param_groups
 from flowtrain.core.prefetch import Transfer
 from flowtrain.core.sharding import full_state_dict
@@ -227,6 +227,7 @@ __all__ = [
 # tests/test_exports.py holds them.
 _sys.modules.update(
     {
+        f"{__name__}.callbacks.summary": _summary,
         f"{__name__}.hyperparameter": _hyperparameters,
         f"{__name__}.records": _backend,
         f"{__name__}.schedules": _schedules,

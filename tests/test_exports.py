@@ -97,11 +97,12 @@ def test_the_face_exports_all_that_it_holds() -> None:
 @pytest.mark.parametrize(
     ("documented", "module"),
     [
+        ("callbacks.summary", "callbacks.model_summary"),
         ("hyperparameter", "state.hyperparameters"),
         ("records", "logging.backend"),
         ("schedules", "callbacks.schedules"),
         ("stopping", "callbacks.stopping"),
-        ("summary", "callbacks.summary"),
+        ("summary", "callbacks.model_summary"),
     ],
 )
 def test_documented_paths_of_moved_modules_are_the_modules(documented: str, module: str) -> None:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from flowtrain.callbacks.sanity import check_batch
-from flowtrain.callbacks.summary import summarize
+from flowtrain.callbacks.model_summary import summarize
+from flowtrain.callbacks.sanity_check import check_batch
 from flowtrain.core.devices import to_device
 from flowtrain.core.prefetch import ahead
 from flowtrain.diagnostics.strict import fingerprint

@@ -7,19 +7,18 @@ beyond the interface: `Metrics` reads the declarations of the other callbacks, a
 =======================================  =============================================================================
 concern                                  modules
 =======================================  =============================================================================
-counts and metrics                       `recorder`, `metrics`, `smooth` (`SmoothLoss`), `traces`, `timer`,
-                                         `gradients` (`GradNorm`), `rates` (`LearningRateMonitor`), `devices`
-                                         (`DeviceStats`)
-the terminal                             `progress` (`ProgressBar`), `printer` (`MetricsPrinter`), `summary`
-                                         (`ModelSummary`); `terminal` has the console and the bar's last line
-logs                                     `logmetrics`, `logtraces`, `loghyperparams`, `loghistograms`,
-                                         `logvisualization`
+counts and metrics                       `recorder`, `metrics`, `smooth_loss`, `traces`, `timer`, `grad_norm`,
+                                         `learning_rate_monitor`, `device_stats`
+the terminal                             `progress_bar`, `metrics_printer`, `model_summary`; `terminal` has the console
+                                         and the bar's last line
+logs                                     `log_metrics`, `log_traces`, `log_hyperparams`, `log_histograms`,
+                                         `log_visualization`
 weights and hyperparameters              `averaging` is the base of `ema` and `swa`; `freeze`, `scheduler`, with the
                                          package `schedules`
-the end of training, and its checkpoint  `early_stopping`, with the package `stopping`; `nan` (`StopOnNaNLoss`),
+the end of training, and its checkpoint  `early_stopping`, with the package `stopping`; `stop_on_nan_loss`,
                                          `checkpointer`
-examination of a run                     `sanity` (`SanityCheck`), `profiler`, `collect` (`GarbageCollect`)
-callbacks of functions and callbacks     `custom` (`CustomCallback`); `throttle` has `once`, `after`, `before` and
+examination of a run                     `sanity_check`, `profiler`, `garbage_collect`
+callbacks of functions and callbacks     `custom`; `throttle` has `once`, `after`, `before` and
                                          `when` too
 =======================================  =============================================================================
 """
@@ -27,33 +26,33 @@ callbacks of functions and callbacks     `custom` (`CustomCallback`); `throttle`
 from __future__ import annotations
 
 from flowtrain.callbacks.checkpointer import Checkpointer
-from flowtrain.callbacks.collect import GarbageCollect
 from flowtrain.callbacks.custom import CustomCallback
-from flowtrain.callbacks.devices import DeviceStats
+from flowtrain.callbacks.device_stats import DeviceStats
 from flowtrain.callbacks.early_stopping import EarlyStopping
 from flowtrain.callbacks.ema import EMA
 from flowtrain.callbacks.freeze import Freeze
-from flowtrain.callbacks.gradients import GradNorm
-from flowtrain.callbacks.loghistograms import LogHistograms
-from flowtrain.callbacks.loghyperparams import LogHyperParams
-from flowtrain.callbacks.logmetrics import LogMetrics
-from flowtrain.callbacks.logtraces import LogTraces
-from flowtrain.callbacks.logvisualization import LogVisualization
+from flowtrain.callbacks.garbage_collect import GarbageCollect
+from flowtrain.callbacks.grad_norm import GradNorm
+from flowtrain.callbacks.learning_rate_monitor import LearningRateMonitor
+from flowtrain.callbacks.log_histograms import LogHistograms
+from flowtrain.callbacks.log_hyperparams import LogHyperParams
+from flowtrain.callbacks.log_metrics import LogMetrics
+from flowtrain.callbacks.log_traces import LogTraces
+from flowtrain.callbacks.log_visualization import LogVisualization
 from flowtrain.callbacks.metrics import Metrics
-from flowtrain.callbacks.nan import StopOnNaNLoss
-from flowtrain.callbacks.printer import MetricsPrinter
+from flowtrain.callbacks.metrics_printer import MetricsPrinter
+from flowtrain.callbacks.model_summary import ModelSummary, summarize
 from flowtrain.callbacks.profiler import Profiler
-from flowtrain.callbacks.progress import ProgressBar
-from flowtrain.callbacks.rates import LearningRateMonitor
+from flowtrain.callbacks.progress_bar import ProgressBar
 from flowtrain.callbacks.recorder import Recorder
-from flowtrain.callbacks.sanity import SanityCheck
+from flowtrain.callbacks.sanity_check import SanityCheck
 from flowtrain.callbacks.scheduler import Scheduler
 from flowtrain.callbacks.schedules.combining import per_epoch, sequence, swa_lr, warmup
 from flowtrain.callbacks.schedules.curves import constant, cosine, exponential, from_torch, one_cycle, polynomial, step
 from flowtrain.callbacks.schedules.plateau import reduce_on_plateau
 from flowtrain.callbacks.schedules.schedule import Schedule
-from flowtrain.callbacks.smooth import SmoothLoss
-from flowtrain.callbacks.summary import ModelSummary
+from flowtrain.callbacks.smooth_loss import SmoothLoss
+from flowtrain.callbacks.stop_on_nan_loss import StopOnNaNLoss
 from flowtrain.callbacks.swa import SWA
 from flowtrain.callbacks.throttle import after, before, once, throttle, when
 from flowtrain.callbacks.timer import Timer
@@ -111,6 +110,7 @@ __all__ = [
     "reduce_on_plateau",
     "sequence",
     "step",
+    "summarize",
     "swa_lr",
     "throttle",
     "warmup",

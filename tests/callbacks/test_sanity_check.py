@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from flowtrain import AbstractTrainingPhase, Learner, SanityCheckError, TrainingPhase, ValidationPhase
 from flowtrain.callbacks import SanityCheck
-from flowtrain.callbacks.sanity import check_batch, check_loss, check_optimizers, check_outputs, check_targets
+from flowtrain.callbacks.sanity_check import check_batch, check_loss, check_optimizers, check_outputs, check_targets
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import assert_equivalent, tiny_batches, tiny_learner
 

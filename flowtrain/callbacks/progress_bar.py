@@ -18,7 +18,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.callbacks.printer import MetricsPrinter, number_text, rate_text
+from flowtrain.callbacks.metrics_printer import MetricsPrinter, number_text, rate_text
 from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for
 from flowtrain.data.batch_size import samples_given
 from flowtrain.errors import UsageError, is_a

@@ -28,7 +28,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, Metric, Metrics, MetricsPrinter, Recorder
-from flowtrain.callbacks.printer import rate_text
+from flowtrain.callbacks.metrics_printer import rate_text
 from flowtrain.testing import tiny_learner
 from tests.support.clock import Clock, Tick
 from tests.support.console import printed

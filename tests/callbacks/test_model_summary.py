@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from flowtrain import AbstractTrainingPhase, UsageError
 from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import ModelSummary
-from flowtrain.callbacks.summary import Layer, summarize
+from flowtrain.callbacks.model_summary import Layer, summarize
 from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
