@@ -103,9 +103,9 @@ from flowtrain.callback.phases import (
 )
 from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolve
 from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks import model_summary as _summary
 from flowtrain.callbacks import schedules as _schedules
 from flowtrain.callbacks import stopping as _stopping
-from flowtrain.callbacks import model_summary as _summary
 from flowtrain.core.optimizers import param_groups
 from flowtrain.core.prefetch import Transfer
 from flowtrain.core.sharding import full_state_dict
@@ -141,8 +141,9 @@ from flowtrain.errors import (
     UsageError,
     WriteConflictError,
 )
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import callback_graph
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.learner import Learner
 from flowtrain.logging import backend as _backend
 from flowtrain.state import hyperparameters as _hyperparameters

@@ -50,7 +50,8 @@ from flowtrain.callbacks import (
     SmoothLoss,
     one_cycle,
 )
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.logging import CsvBackend, JsonlBackend
 from flowtrain.metrics import accuracy
 from flowtrain_dask import DaskExecutor

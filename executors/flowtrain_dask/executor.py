@@ -20,9 +20,10 @@ from typing import Any, Literal, TypeAlias, cast
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError, whole_number
-from flowtrain.graph.executor import Runner, SerialExecutor, Site
+from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, Lanes
 from flowtrain_dask.deferred.placement import ConsumersOnly

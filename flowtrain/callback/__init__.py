@@ -6,7 +6,7 @@ The bundled callbacks, which are built on this interface, are in `flowtrain.call
 writes. `callback` has the base class and the decorator `on`, `handler` the registration of one marked method.
 `conditions` decide which events a callback skips (``every=``, `flowtrain.callbacks.throttle`), `resolution` answers a
 conflict with another callback, and `view` has the object that handlers get as ``learner``; steps get the `StepContext`
-of `phases`.
+of `phases`. `modes` sets the train and eval modes of modules while a phase runs.
 """
 
 __all__: list[str] = []

@@ -18,14 +18,14 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypeVar, overload
 
 from flowtrain.callback.access import Access
 from flowtrain.callback.conditions import Condition
-from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler, Marked, find_handler, is_bundled_event, mark
+from flowtrain.callback.events import Event
+from flowtrain.callback.handler import Handler, Marked, mark
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import CallbackError, HandlerError, is_a, is_type
 
-__all__ = ["Callback", "check_handlers", "check_marks", "draws_own", "is_quiet", "on"]
+__all__ = ["Callback", "draws_own", "is_quiet", "on", "registered"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
@@ -252,7 +252,7 @@ class Callback:
             HandlerError: `on` was given the name of an attribute that does not exist, or that holds no event type or
                 phase type.
         """
-        for base, handler in _registered(type(self)):
+        for base, handler in registered(type(self)):
             own = handler.for_instance(self)
             if own is not None:
                 yield base, own
@@ -261,7 +261,7 @@ class Callback:
         return f"<{self.name or type(self).__name__}>"
 
 
-def _registered(kind: type[Callback]) -> Iterator[tuple[type, Handler]]:
+def registered(kind: type[Callback]) -> Iterator[tuple[type, Handler]]:
     """Yield the handlers of a type of callbacks, each with the type that registers it, most derived type first."""
     taken: set[str] = set()
     for base in kind.__mro__:
@@ -280,7 +280,7 @@ def is_quiet(callback: Callback) -> bool:
     """Tell whether `Callback.quiet` holds for all handlers of a callback: its class says it, and `on` added none."""
     # The class itself must say it: a subclass of a quiet callback may draw random numbers.
     kind = type(callback)
-    return vars(kind).get("quiet", False) and all(handler.function is None for _, handler in _registered(kind))
+    return vars(kind).get("quiet", False) and all(handler.function is None for _, handler in registered(kind))
 
 
 @overload
@@ -369,81 +369,3 @@ def on(
         return function
 
     return add
-
-
-def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
-    """Check that every handler of a callback can run.
-
-    Raises:
-        AmbiguousHandlerError: Two handlers fit an event equally well.
-        HandlerError: Another handler always runs instead of one, or the phase of a handler never fires its event.
-    """
-    for _, handler in handlers:
-        first = find_handler(handlers, handler.event_type, handler.phase_type)
-        if first is not None and first is not handler:
-            raise HandlerError(
-                f"{handler} can never run: {first} goes before it. To replace an inherited handler override "
-                f"{handler.attribute}; to run both, give the new one a more specific event or phase."
-            )
-        if handler.event_type in (FitBegin, FitEnd) and handler.phase_type is not Phase:
-            raise HandlerError(
-                f"{handler} can never run: {handler.event_type.__name__} is fired with Phase(), not with "
-                f"{handler.phase_type.__name__}. Write @on({handler.event_type.__name__})."
-            )
-        fires = handler.phase_type.events
-        if handler.phase_type is Phase or fires is None or not is_bundled_event(handler.event_type):
-            continue  # any phase; a phase that does not list its events; a user's event, which any handler may fire
-        if not any(issubclass(event, handler.event_type) for event in fires):
-            listed = ", ".join(event.__name__ for event in fires)
-            raise HandlerError(
-                f"{handler} can never run: {handler.phase_type.__name__} does not fire {handler.event_type.__name__}. "
-                f"It fires: {listed}. Handle one of these, or another phase."
-            )
-
-
-_HOOKS = {
-    "FitBegin": "on_fit_start on_fit_begin on_train_start on_train_begin before_fit fit_start",
-    "FitEnd": "on_fit_end on_train_end after_fit fit_end",
-    "EpochBegin, TrainingPhase": "on_train_epoch_start on_epoch_begin on_epoch_start before_epoch before_train "
-    "epoch_start",
-    "EpochEnd, TrainingPhase": "on_train_epoch_end on_epoch_end after_epoch after_train epoch_end",
-    "BatchBegin, TrainingPhase": "on_train_batch_start on_train_batch_begin on_batch_begin on_batch_start "
-    "on_step_begin before_batch batch_start",
-    "LossBegin, TrainingPhase": "after_pred before_loss",
-    "BackwardBegin, TrainingPhase": "on_before_backward before_backward after_loss",
-    "BackwardEnd, TrainingPhase": "on_after_backward after_backward on_substep_end",
-    "UpdateBegin, TrainingPhase": "on_before_optimizer_step on_pre_optimizer_step before_step",
-    "UpdateEnd, TrainingPhase": "on_optimizer_step after_step",
-    "BatchEnd, TrainingPhase": "on_train_batch_end on_batch_end on_step_end after_batch batch_end",
-    "EpochBegin, ValidationPhase": "on_validation_epoch_start on_validation_start on_test_begin before_validate "
-    "eval_start",
-    "BatchEnd, ValidationPhase": "on_validation_batch_end on_test_batch_end on_prediction_step eval_batch_end",
-    "EpochEnd, ValidationPhase": "on_validation_epoch_end on_validation_end on_test_end on_evaluate after_validate "
-    "eval_end",
-    "EpochCancelled": "on_exception",
-}
-"""The hooks of other libraries, by the arguments of `on` that stand for the same moment."""
-
-
-def check_marks(callback: Callback) -> None:
-    """Check that a callback without a handler has no method that its author meant as a handler.
-
-    Raises:
-        HandlerError: A method has the name of a hook of another library, or the parameters of a handler. Nothing would
-            ever call it.
-    """
-    if type(callback).handlers is not Callback.handlers or any(_registered(type(callback))):
-        return  # the callback chooses its handlers itself, or this instance has not enabled them
-    hooks = {name: types for types, names in _HOOKS.items() for name in names.split()}
-    for kind in type(callback).__mro__[: type(callback).__mro__.index(Callback)]:
-        for name, value in vars(kind).items():
-            if not inspect.isfunction(value) or hasattr(Callback, name):
-                continue
-            handles = [*inspect.signature(value).parameters][1:] == ["event", "phase", "learner"]
-            if name in hooks or name.startswith("on_") or handles:
-                types = hooks.get(name, "EpochEnd, TrainingPhase")
-                raise HandlerError(
-                    f"{type(callback).__name__} has no handler, so it would do nothing: no method of it is marked with "
-                    f"on(), and a method is a handler by its mark, not by its name. For {name} write:\n\n"
-                    f"    @on({types})\n    def {name}(self, event, phase, learner) -> None: ...\n"
-                )

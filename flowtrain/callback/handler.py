@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flowtrain.callback.access import Access
-from flowtrain.callback.events import Event
+from flowtrain.callback.events import Event, FitBegin, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type, nearest
 
-__all__ = ["Handler", "Marked", "find_handler", "is_bundled_event", "mark"]
+__all__ = ["Handler", "Marked", "check_handlers", "find_handler", "is_bundled_event", "mark"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,3 +250,33 @@ def find_handler(
         f"{one.callback_type} has two handlers for ({event_type.__name__}, {phase_type.__name__}) and neither is "
         f"more specific: {one} and {other}. {remedy}."
     )
+
+
+def check_handlers(handlers: Sequence[tuple[type, Handler]]) -> None:
+    """Check that every handler of a callback can run.
+
+    Raises:
+        AmbiguousHandlerError: Two handlers fit an event equally well.
+        HandlerError: Another handler always runs instead of one, or the phase of a handler never fires its event.
+    """
+    for _, handler in handlers:
+        first = find_handler(handlers, handler.event_type, handler.phase_type)
+        if first is not None and first is not handler:
+            raise HandlerError(
+                f"{handler} can never run: {first} goes before it. To replace an inherited handler override "
+                f"{handler.attribute}; to run both, give the new one a more specific event or phase."
+            )
+        if handler.event_type in (FitBegin, FitEnd) and handler.phase_type is not Phase:
+            raise HandlerError(
+                f"{handler} can never run: {handler.event_type.__name__} is fired with Phase(), not with "
+                f"{handler.phase_type.__name__}. Write @on({handler.event_type.__name__})."
+            )
+        fires = handler.phase_type.events
+        if handler.phase_type is Phase or fires is None or not is_bundled_event(handler.event_type):
+            continue  # any phase; a phase that does not list its events; a user's event, which any handler may fire
+        if not any(issubclass(event, handler.event_type) for event in fires):
+            listed = ", ".join(event.__name__ for event in fires)
+            raise HandlerError(
+                f"{handler} can never run: {handler.phase_type.__name__} does not fire {handler.event_type.__name__}. "
+                f"It fires: {listed}. Handle one of these, or another phase."
+            )

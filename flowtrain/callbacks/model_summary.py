@@ -37,9 +37,9 @@ class ModelSummary(Callback):
     """Print a table of the model's layers when the first fit begins: the shapes of their outputs and their parameters.
 
     `flowtrain.callbacks.summarize` makes the table, and works without a learner. To find the shapes, a copy of the
-    model that shares its parameters runs once, on `inputs` or on the first training batch. Shapes are left out if taking
-    that batch would change the data of training (an iterator, an ``IterableDataset``), and if a learner has several
-    models.
+    model that shares its parameters runs once, on `inputs` or on the first training batch. Shapes are left out if
+    taking that batch would change the data of training (an iterator, an ``IterableDataset``), and if a learner has
+    several models.
 
     Reads ``model`` and ``data``, so it runs after callbacks that write these at `FitBegin`. Writes no state. Its
     resources are ``resource.terminal`` and ``resource.rng``: samplers may draw random numbers, and the generators are

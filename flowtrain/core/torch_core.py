@@ -23,7 +23,7 @@ from typing import Any, Literal, cast
 
 import torch
 
-from flowtrain.callback.phases import Modes
+from flowtrain.callback.modes import Modes
 from flowtrain.core.accumulation import Groups
 from flowtrain.core.compile import Compiled, original
 from flowtrain.core.data_parallel import DataParallel

@@ -1,4 +1,4 @@
-"""Checks of declarations: the state that a handler declares must exist when the handler runs.
+"""Checks of callbacks: they have handlers, and the state that a handler declares exists when the handler runs.
 
 A batch entry must be provided by the phase or written by a callback, at the same event or an earlier one. An entry of
 ``cbstate`` must be written by a callback. A part of the model, the optimizer or the data must be there. All of this is
@@ -7,14 +7,16 @@ checked when the learner is built or its callbacks change, so that a mistake doe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from flowtrain.callback.access import Declaration, Path, Read, Write, collective, dotted, overlap
+from flowtrain.callback.callback import Callback, registered
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import AccessError, CallbackError, LoggingError, MissingStateError, is_a, nearest
+from flowtrain.errors import AccessError, CallbackError, HandlerError, LoggingError, MissingStateError, is_a, nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.reach import COMPUTED, attribute
 from flowtrain.graph.shared_state import ranks_of
@@ -28,6 +30,7 @@ __all__ = [
     "check_deferrable",
     "check_exchanged",
     "check_made",
+    "check_marks",
     "check_parts",
     "check_series",
     "entries_written",
@@ -375,3 +378,51 @@ PROVIDERS = {
     "tracehistory": "Traces",
 }
 """The bundled callback that provides each entry of ``cbstate``, by name only: messages tell the user to add it."""
+
+
+_HOOKS = {
+    "FitBegin": "on_fit_start on_fit_begin on_train_start on_train_begin before_fit fit_start",
+    "FitEnd": "on_fit_end on_train_end after_fit fit_end",
+    "EpochBegin, TrainingPhase": "on_train_epoch_start on_epoch_begin on_epoch_start before_epoch before_train "
+    "epoch_start",
+    "EpochEnd, TrainingPhase": "on_train_epoch_end on_epoch_end after_epoch after_train epoch_end",
+    "BatchBegin, TrainingPhase": "on_train_batch_start on_train_batch_begin on_batch_begin on_batch_start "
+    "on_step_begin before_batch batch_start",
+    "LossBegin, TrainingPhase": "after_pred before_loss",
+    "BackwardBegin, TrainingPhase": "on_before_backward before_backward after_loss",
+    "BackwardEnd, TrainingPhase": "on_after_backward after_backward on_substep_end",
+    "UpdateBegin, TrainingPhase": "on_before_optimizer_step on_pre_optimizer_step before_step",
+    "UpdateEnd, TrainingPhase": "on_optimizer_step after_step",
+    "BatchEnd, TrainingPhase": "on_train_batch_end on_batch_end on_step_end after_batch batch_end",
+    "EpochBegin, ValidationPhase": "on_validation_epoch_start on_validation_start on_test_begin before_validate "
+    "eval_start",
+    "BatchEnd, ValidationPhase": "on_validation_batch_end on_test_batch_end on_prediction_step eval_batch_end",
+    "EpochEnd, ValidationPhase": "on_validation_epoch_end on_validation_end on_test_end on_evaluate after_validate "
+    "eval_end",
+    "EpochCancelled": "on_exception",
+}
+"""The hooks of other libraries, by the arguments of `on` that stand for the same moment."""
+
+
+def check_marks(callback: Callback) -> None:
+    """Check that a callback without a handler has no method that its author meant as a handler.
+
+    Raises:
+        HandlerError: A method has the name of a hook of another library, or the parameters of a handler. Nothing would
+            ever call it.
+    """
+    if type(callback).handlers is not Callback.handlers or any(registered(type(callback))):
+        return  # the callback chooses its handlers itself, or this instance has not enabled them
+    hooks = {name: types for types, names in _HOOKS.items() for name in names.split()}
+    for kind in type(callback).__mro__[: type(callback).__mro__.index(Callback)]:
+        for name, value in vars(kind).items():
+            if not inspect.isfunction(value) or hasattr(Callback, name):
+                continue
+            handles = [*inspect.signature(value).parameters][1:] == ["event", "phase", "learner"]
+            if name in hooks or name.startswith("on_") or handles:
+                types = hooks.get(name, "EpochEnd, TrainingPhase")
+                raise HandlerError(
+                    f"{type(callback).__name__} has no handler, so it would do nothing: no method of it is marked with "
+                    f"on(), and a method is a handler by its mark, not by its name. For {name} write:\n\n"
+                    f"    @on({types})\n    def {name}(self, event, phase, learner) -> None: ...\n"
+                )

@@ -4,9 +4,9 @@ An executor turns each plan into a *runner*, a function of ``(event, phase)`` th
 returns when all of them that run in place have returned. ``docs/rules.md`` has the promises that every executor keeps;
 the first one is that the result is the serial result.
 
-`Executor` is the protocol that an executor implements, `Site` is the interface of the loop to it, and `SerialExecutor`
-is the default. `find_executor` looks up a name in a built-in table, then in the entry-point group
-``flowtrain.executors``::
+`Executor` is the protocol that an executor implements, `Site` is the interface of the loop to it, and
+`flowtrain.graph.serial.SerialExecutor` is the default. `find_executor` looks up a name in a built-in table, then in
+the entry-point group ``flowtrain.executors``::
 
     [project.entry-points."flowtrain.executors"]
     mine = "my_package:MyExecutor"
@@ -19,7 +19,6 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import Any, Protocol, TypeAlias, runtime_checkable
-from weakref import WeakSet
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
@@ -37,7 +36,6 @@ __all__ = [
     "Mailbox",
     "Resumable",
     "Runner",
-    "SerialExecutor",
     "Site",
     "find_executor",
     "finish_waiting",
@@ -47,7 +45,7 @@ Runner: TypeAlias = Callable[[Event, Phase], None]
 """A function that runs all handlers of one plan."""
 
 EXECUTORS: dict[str, tuple[str, str]] = {
-    "serial": ("flowtrain.graph.executor:SerialExecutor", ""),
+    "serial": ("flowtrain.graph.serial:SerialExecutor", ""),
     "dask": ("flowtrain_dask:DaskExecutor", "pip install 'flowtrain[dask]'"),
 }
 """The executors that come with flowtrain: the name, the import path, and the command that installs its dependencies.
@@ -57,8 +55,6 @@ not import the classes of executors, so a program that has its executor from an 
 """
 
 _GROUP = "flowtrain.executors"
-
-_CLOSED = "This SerialExecutor is closed. Give the learner a new one."
 
 
 class Mailbox:
@@ -243,112 +239,6 @@ class Deferring(Protocol):
     def pending(self) -> int:
         """How many events wait or are at work. After an interrupt there may be some, which may still write logs."""
         ...
-
-
-class SerialExecutor:
-    """Runs handlers one after the other on the training thread, in the serial order. The default executor."""
-
-    name = "serial"
-
-    def __init__(self) -> None:
-        self._site: Site | None = None
-        self._plans: WeakSet[Plan] = WeakSet()  # weak, so that plans of callbacks that were removed are freed
-        self._closed = False
-
-    def bind(self, site: Site) -> None:
-        """Belong to one loop."""
-        if self._closed:
-            raise ExecutorError(_CLOSED)
-        if self._site is not None and self._site is not site:
-            raise ExecutorError("This SerialExecutor belongs to another learner. Give each learner its own.")
-        self._site = site
-
-    def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
-        """Accept any callbacks."""
-
-    def compile(self, plan: Plan) -> Runner:
-        """Return a loop over the plan's calls."""
-        site = self._site
-        if self._closed:
-            raise ExecutorError(_CLOSED)
-        if site is None:
-            raise ExecutorError(
-                "SerialExecutor.compile() was called before bind(site). Pass the executor to Learner(executor=...), "
-                "which binds it, or call bind(site) first."
-            )
-        self._plans.add(plan)
-        calls = plan.calls
-        fired, requests = site.fired, site.requests
-        # At `FitEnd` every handler runs whatever happened, so there an interrupt waits for the handlers too.
-        caught: type[BaseException] = BaseException if plan.always else Exception
-
-        def run(event: Event, phase: Phase) -> None:
-            """Call every handler. Without failures this costs the calls and one test."""
-            view: Any = None
-            failure: BaseException
-            try:
-                for call, view in calls:
-                    call(event, phase, view)
-            except caught as raised:
-                failure = raised
-            else:
-                if fired or requests:
-                    site.drain(phase)
-                return
-            # Outside the except block, so that an exception raised now does not get `failure` as its context.
-            try:
-                site.fail(plan, event, phase, _finish(plan, view, failure, event, phase))
-            finally:
-                del failure  # see `flowtrain.errors.raise_worst`
-            if fired or requests:
-                site.drain(phase)
-
-        return run
-
-    def explain(self, plan: Plan) -> str:
-        """Return an empty text: the handlers run in the order that is printed."""
-        return ""
-
-    def flush(self) -> None:
-        """Do nothing, since no handler is ever pending."""
-
-    def close(self) -> None:
-        """Run nothing more: the runners of all plans are replaced by one that raises."""
-        self._closed = True
-        for plan in list(self._plans):  # a test of `_closed` in each runner would cost every event
-            if self._site is not None:
-                self._site.swap(plan, _refuse)
-        self._plans.clear()
-
-
-def _refuse(event: Event, phase: Phase) -> None:
-    raise ExecutorError(_CLOSED)
-
-
-def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase) -> list[Failed]:
-    """Run the handlers behind one that failed, except those that depend on a failed handler; return all failures."""
-    # The failed handler is found by its view, which no other handler has; two of them may share a function.
-    start = next(position for position, planned in enumerate(plan.handlers) if planned.view is view)
-    failures = [(plan.handlers[start], failure)]
-    failed = 1 << start  # positions that failed or were skipped, as bits
-    caught: type[BaseException] = BaseException if plan.always else Exception
-    for position in range(start + 1, len(plan.handlers)):
-        planned = plan.handlers[position]
-        left_out = not plan.always and bool(plan.ancestors[position] & failed)
-        if left_out:
-            failed |= 1 << position
-        try:
-            if not left_out:
-                planned.call(event, phase, planned.view)
-            else:  # other ranks may run this handler, and would wait for the values of this one
-                planned.exchange_nothing(event, phase)
-        except caught as raised:  # collected, so that the remaining handlers still run
-            failures.append((planned, raised))
-            failed |= 1 << position
-    try:
-        return failures
-    finally:
-        del failure, failures  # see `flowtrain.errors.raise_worst`
 
 
 def finish_waiting(executor: Executor, waiting: Mapping[str, Any], site: Site) -> None:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias, overload
 
 from flowtrain.callback.access import Declaration, Write, declare, union
-from flowtrain.callback.callback import Callback, check_handlers, check_marks
+from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler, find_handler, is_bundled_event
+from flowtrain.callback.handler import Handler, check_handlers, find_handler, is_bundled_event
 from flowtrain.callback.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -32,6 +32,7 @@ from flowtrain.graph.checks import (
     check_deferrable,
     check_exchanged,
     check_made,
+    check_marks,
     check_parts,
     check_series,
     entries_written,

@@ -32,7 +32,8 @@ from flowtrain.errors import (
     ExecutorError,
     UsageError,
 )
-from flowtrain.graph.executor import Executor, SerialExecutor, find_executor
+from flowtrain.graph.executor import Executor, find_executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.learner import Learner
 from flowtrain.testing.equivalence import assert_equivalent
 from flowtrain.testing.probes import (

@@ -23,9 +23,10 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.diagnostics.scratch_learner import same_rng
 from flowtrain.errors import ExecutorError, UsageError, is_a
-from flowtrain.graph.executor import Executor, Runner, SerialExecutor, Site, find_executor
+from flowtrain.graph.executor import Executor, Runner, Site, find_executor
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.learner import Learner
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing.values import Leaf, learner_leaves, outcome_leaves, rng_leaves, show_difference

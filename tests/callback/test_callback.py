@@ -31,9 +31,9 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callback.callback import _HOOKS, check_handlers
 from flowtrain.callback.conditions import Condition
-from flowtrain.callback.handler import Handler, find_handler
+from flowtrain.callback.handler import Handler, check_handlers, find_handler
+from flowtrain.graph.checks import _HOOKS
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from tests.support.phases import Silent

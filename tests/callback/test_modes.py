@@ -27,7 +27,8 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.callback.phases import AbstractTrainingPhase, Modes, StepContext
+from flowtrain.callback.modes import Modes
+from flowtrain.callback.phases import AbstractTrainingPhase, StepContext
 from flowtrain.callbacks import SanityCheck
 from flowtrain.diagnostics.lr_finder import find_learning_rate
 from flowtrain.testing import tiny_learner

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from flowtrain import Callback, Learner
 from flowtrain.callback.phases import TrainingPhase
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import accuracy
 from flowtrain_dask import DaskExecutor

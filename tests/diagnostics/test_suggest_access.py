@@ -35,8 +35,8 @@ from flowtrain.callbacks import (
     LogVisualization,
     Traces,
 )
+from flowtrain.diagnostics.recording_view import Log, RecordingView
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, same_rng, shared_copy
-from flowtrain.diagnostics.suggest_access import Log, RecordingView
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.state.learner_state import State
 from flowtrain.state.partial_view import Owner

@@ -15,7 +15,8 @@ import pytest
 from flowtrain import Access, BatchEnd, Callback, EpochEnd, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.callbacks import LogMetrics
 from flowtrain.errors import LoggingError
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.logging import JsonlBackend, Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor

@@ -43,7 +43,8 @@ from flowtrain import (
 )
 from flowtrain.callback.handler import Handler
 from flowtrain.callbacks import throttle
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.state.series import Series
 from flowtrain_dask import DaskExecutor
 from tests.support.examples import examples

@@ -33,7 +33,8 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 

@@ -33,7 +33,8 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callbacks import throttle, when
 from flowtrain.errors import RankError
 from flowtrain.graph.exchange import combined
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.graph.shared_state import Peers
 from flowtrain_dask import DaskExecutor
 from tests.support.meeting import Meeting, Rank, build

@@ -14,8 +14,9 @@ from flowtrain import Callback, Event, Phase, TrainingPhase
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
 from flowtrain.errors import RemoteError
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.graph.shared_state import Peers
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinyModel, TinySite

@@ -33,8 +33,9 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import CustomCallback
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
 from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import ShuffledExecutor, tiny_batches, tiny_learner
 from flowtrain.training.dispatch import Dispatch

@@ -54,7 +54,8 @@ from flowtrain.callbacks import (
     one_cycle,
     throttle,
 )
-from flowtrain.graph.executor import Executor, SerialExecutor
+from flowtrain.graph.executor import Executor
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.logging import Image, JsonlBackend
 from flowtrain.logging.backend import Identity, Run, identity
 from flowtrain.metrics import accuracy

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from flowtrain import BatchEnd, TrainingPhase
-from flowtrain.graph.executor import Runner, SerialExecutor
+from flowtrain.graph.executor import Runner
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.decision import Decision, Mode
 from flowtrain_dask.parallel.firing import StrandPool, TimedPlan

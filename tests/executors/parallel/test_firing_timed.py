@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from flowtrain import BatchEnd, Callback, Event, LearnerView, Phase, TrainingPhase
-from flowtrain.graph.executor import SerialExecutor
 from flowtrain.graph.plan import Failed, Plan
 from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.serial import SerialExecutor
 from flowtrain.testing import TinySite
 from flowtrain_dask.parallel.firing import Failures, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import pack
