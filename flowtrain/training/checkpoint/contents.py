@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -153,6 +154,7 @@ def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     return copied
 
 
+@cache  # the metadata of a package is a file, which takes 1 ms to find and to parse
 def own_version() -> str:
     """Return the version of flowtrain, ``"unknown"`` if it is not installed."""
     try:
