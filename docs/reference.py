@@ -75,6 +75,7 @@ EXAMPLES: Mapping[str, tuple[str, Callable[[], Any]]] = {
         "Scheduler({LearningRate: one_cycle(1e-3)})",
         lambda: _named("Scheduler")({_named("LearningRate"): _named("one_cycle")(1e-3)}),
     ),
+    "Timeline": ('Timeline("timeline.json")', lambda: _named("Timeline")("timeline.json")),
     "Traces": ('Traces({"Name": f}, TrainingPhase)', lambda: _named("Traces")({"Name": _nothing}, TrainingPhase)),
 }
 """Callbacks that take arguments: as source, and made. The others are made without."""

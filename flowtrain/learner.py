@@ -20,6 +20,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase, ValidationPhase
 from flowtrain.callbacks import Metrics, MetricsPrinter, ProgressBar, Recorder, StopOnNaNLoss
 from flowtrain.callbacks.checkpointer import latest_of
+from flowtrain.callbacks.timeline import timing
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.dry_run import DryRun, dry_run
 from flowtrain.diagnostics.history import History
@@ -31,17 +32,7 @@ from flowtrain.graph.executor import Executor, find_executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
-from flowtrain.training.arguments import (
-    as_list,
-    check_core,
-    check_keywords,
-    check_lossfn,
-    check_model,
-    check_path,
-    given_phase,
-    no_attribute,
-    with_defaults,
-)
+from flowtrain.training import arguments
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.calls import Calls
 from flowtrain.training.fit_data import loaders_by_phase
@@ -94,14 +85,14 @@ class Learner:
         strict: bool = False,
         **unknown: Never,
     ) -> None:
-        check_keywords("Learner", unknown, Learner.__init__)
+        arguments.check_keywords("Learner", unknown, Learner.__init__)
         self.state = LearnerState()
-        self.state.model = check_model(model)
-        self.state.lossfn = check_lossfn(lossfn)
+        self.state.model = arguments.check_model(model)
+        self.state.lossfn = arguments.check_lossfn(lossfn)
         self.state.data = loaders_by_phase(data)
         self.strict = strict
-        chosen = with_defaults(as_list(callbacks), default_callbacks, _QUIET, _PRINTING)
-        self.core = check_core(core)
+        chosen = arguments.with_defaults(arguments.as_list(callbacks), default_callbacks, _QUIET, _PRINTING)
+        self.core = arguments.check_core(core)
         self.core.attach(self.state, optimizer)
         try:
             self.loop = make_loop(self.state, self.core, find_executor(executor))
@@ -124,6 +115,7 @@ class Learner:
         limit_batches: float | Mapping[Any, float] | None = None,
         data: Any = None,
         resume: str | PathLike[str] | None = None,
+        timeline: str | PathLike[str] | None = None,
         **unknown: Never,
     ) -> History:
         """Train for a number of epochs, or for a number of steps.
@@ -142,6 +134,7 @@ class Learner:
             data: Loaders for this fit, as for `Learner`.
             resume: The checkpoint to resume from, or a folder, for its latest one; ``"auto"`` takes the folder of the
                 Checkpointer, or begins anew if that has none. `epochs` or `steps` is the total, with the part before.
+            timeline: A file for a timeline of this fit, which shows who runs when (`flowtrain.callbacks.Timeline`).
 
         Returns:
             `history`, which holds the metrics of all epochs of this learner, not only those of this fit.
@@ -154,10 +147,11 @@ class Learner:
             Exception: A handler, the model or the loader raised it; `FitEnd` was fired before. A note names the handler
                 if there is one. `CancelFittingException` is not raised but assigned to `stopped`.
         """
-        check_keywords("fit", unknown, Learner.fit)
+        arguments.check_keywords("fit", unknown, Learner.fit)
+        timed = timing(self.loop, timeline)
         with self._calls.holding(waits=resume is not None):
             found = self.loop.agreed(latest_of(self.callbacks)) if resume == "auto" else resume
-            self._calls.fit(epochs, steps, validate_every, limit_batches, data, found)
+            self._calls.fit(epochs, steps, validate_every, limit_batches, data, found, timed)
         return self.history
 
     def epoch(self, phase: Phase | type[Phase], data: Any = None) -> None:
@@ -167,11 +161,11 @@ class Learner:
             CancelFittingException: A handler wants to end training, and there is no fit to end.
             UsageError: There is no loader for the phase, or a handler or a step called this.
         """
-        self._calls.epoch(given_phase(phase, "epoch"), data)
+        self._calls.epoch(arguments.given_phase(phase, "epoch"), data)
 
     def step(self, phase: Phase | type[Phase], raw: Any) -> BatchState:
         """Run one batch of a phase, `raw` as the loader would give it, and return the batch state."""
-        return self._calls.step(given_phase(phase, "step"), raw)
+        return self._calls.step(arguments.given_phase(phase, "step"), raw)
 
     def validate(self) -> Mapping[Any, Any]:
         """Run one epoch of every phase in `data` that does not train.
@@ -204,7 +198,7 @@ class Learner:
             UsageError: There is no data, the phase trains, or a handler or a step called this.
             DataError: The loader gives no batch.
         """
-        return self._calls.evaluate(data, given_phase(phase, "evaluate"))
+        return self._calls.evaluate(data, arguments.given_phase(phase, "evaluate"))
 
     def predict(self, loader: Any, phase: Phase | type[Phase] = ValidationPhase) -> Any:
         """Return the outputs of the model for all batches of a loader, concatenated along the first dimension.
@@ -229,7 +223,7 @@ class Learner:
             UsageError: There are several models, the phase trains, or a handler or a step called this.
             DataError: The loader gives no batch or unknown items, or the outputs cannot be concatenated.
         """
-        return self._calls.predict(loader, given_phase(phase, "predict"))
+        return self._calls.predict(loader, arguments.given_phase(phase, "predict"))
 
     def load(self, path: str | PathLike[str]) -> None:
         """Restore models, optimizers, scaler, ``cbstate`` and callbacks from a checkpoint.
@@ -245,7 +239,7 @@ class Learner:
             CheckpointError: The checkpoint cannot be read or does not fit; the learner has not changed.
         """
         self._calls.ready("load()")
-        check_path(path, "load(", "For weights alone call learner.model.load_state_dict(torch.load(path)).")
+        arguments.check_path(path, "load(", "For weights alone call learner.model.load_state_dict(torch.load(path)).")
         self.loop.checkpoints.load(path)
 
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
@@ -364,7 +358,7 @@ class Learner:
 
     def set_callbacks(self, callbacks: Iterable[Callback]) -> None:
         """Use these callbacks and no others, without default ones. Callbacks that stay are not set up again."""
-        self._use(as_list(callbacks))
+        self._use(arguments.as_list(callbacks))
 
     def replace_callback(self, new: Callback) -> Callback:
         """Replace the one callback of exactly this type and return it; `CallbackError` if there is none, or several."""
@@ -437,7 +431,7 @@ class Learner:
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_") or hasattr(type(self), name):
                 return object.__getattribute__(self, name)  # raises the usual error, or that of a property
-            raise no_attribute(name, dir(self))
+            raise arguments.no_attribute(name, dir(self))
 
     def __reduce__(self) -> NoReturn:
         raise UsageError(

@@ -17,7 +17,7 @@ weights and hyperparameters              `averaging` is the base of `ema` and `s
                                          package `schedules`
 the end of training, and its checkpoint  `early_stopping`, with the package `stopping`; `stop_on_nan_loss`,
                                          `checkpointer`
-examination of a run                     `sanity_check`, `profiler`, `garbage_collect`
+examination of a run                     `sanity_check`, `profiler`, `timeline`, `garbage_collect`
 callbacks of functions and callbacks     `custom`; `throttle` has `once`, `after`, `before` and
                                          `when` too
 =======================================  =============================================================================
@@ -55,6 +55,7 @@ from flowtrain.callbacks.smooth_loss import SmoothLoss
 from flowtrain.callbacks.stop_on_nan_loss import StopOnNaNLoss
 from flowtrain.callbacks.swa import SWA
 from flowtrain.callbacks.throttle import after, before, once, throttle, when
+from flowtrain.callbacks.timeline import Timeline
 from flowtrain.callbacks.timer import Timer
 from flowtrain.callbacks.traces import Traces
 from flowtrain.metrics.metric import Metric
@@ -93,6 +94,7 @@ __all__ = [
     "Setting",
     "SmoothLoss",
     "StopOnNaNLoss",
+    "Timeline",
     "Timer",
     "Traces",
     "Track",

@@ -24,6 +24,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import ExecutorError, nearest
+from flowtrain.graph.clock import Clock
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
 from flowtrain.logging.backend import Run
@@ -34,6 +35,7 @@ __all__ = [
     "Deferring",
     "Executor",
     "Mailbox",
+    "Measuring",
     "Resumable",
     "Runner",
     "Site",
@@ -123,6 +125,11 @@ class Site(Protocol):
     @property
     def requests(self) -> list[tuple[str, CheckpointRequest]]:
         """The checkpoints that handlers have requested during the current event, each with the name of the callback."""
+        ...
+
+    @property
+    def clock(self) -> Clock | None:
+        """The object that times whatever takes time beside handlers in place; ``None`` without a timeline."""
         ...
 
     @property
@@ -238,6 +245,15 @@ class Deferring(Protocol):
     @property
     def pending(self) -> int:
         """How many events wait or are at work. After an interrupt there may be some, which may still write logs."""
+        ...
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """An executor that measures what handlers cost; it may implement this beside `Executor`."""
+
+    def costs(self, plan: Plan) -> Mapping[int, float]:
+        """Return the seconds that handlers of a plan cost the event, by position, as far as they were measured."""
         ...
 
 

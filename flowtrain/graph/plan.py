@@ -28,10 +28,13 @@ from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import Draws, own_numbers
 from flowtrain.state.views import bind_view
 
-__all__ = ["Call", "Failed", "Plan", "PlannedHandler", "make_plan", "owner_of", "set_up"]
+__all__ = ["Call", "Failed", "Plan", "PlanKey", "PlannedHandler", "make_plan", "owner_of", "set_up"]
 
 Call: TypeAlias = Callable[[Event, Phase, LearnerView], None]
 """A function of the event, the phase and the view of the handler."""
+
+PlanKey: TypeAlias = tuple[type[Event], type[Phase]]
+"""The event type and phase type of a plan."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +146,7 @@ def make_plan(
     state: LearnerState,
     watch: Callable[[PlannedHandler], Call] | None = None,
     peers: Peers | None = None,
+    timed: Callable[[PlanKey, PlannedHandler, Call], Call] | None = None,
 ) -> Plan:
     """Bind the handlers of an order to their callbacks and to views of the state.
 
@@ -153,6 +157,7 @@ def make_plan(
         state: The state that the views show.
         watch: Wraps the call of each handler in a check; strict mode passes it.
         peers: The processes, if several train together.
+        timed: Wraps the call of each handler, exchanges included, to time it; a timeline passes it.
     """
     handlers = []
     for node, handler in zip(order.nodes, order.handlers, strict=True):
@@ -175,7 +180,8 @@ def make_plan(
         call = call if watch is None else watch(planned)
         # The conditions are asked outside of `watch`: their counts are not state that a handler declares. They are the
         # same on every rank, so they are asked before an exchange.
-        handlers.append(planned.with_call(exchange.around(call) if exchange else call))
+        call = exchange.around(call) if exchange else call
+        handlers.append(planned.with_call(call if timed is None else timed((event_type, phase_type), planned, call)))
     return Plan(
         event_type,
         phase_type,

@@ -11,7 +11,7 @@ An event type or phase type that is met later is checked and ordered before its 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias, overload
 
 from flowtrain.callback.access import Declaration, Write, declare, union
@@ -37,6 +37,7 @@ from flowtrain.graph.checks import (
     check_series,
     entries_written,
 )
+from flowtrain.graph.clock import Clock, Measured
 from flowtrain.graph.drawing import Drawing, check_drawn, draw_plan
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx, unique_names
@@ -46,9 +47,7 @@ from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
 from flowtrain.graph.shared_state import Peers, check_exchange_events, check_ranks, exchanges_of, ranks_of, runs_here
-from flowtrain.state.by_phase import CONTAINERS
-from flowtrain.state.learner_state import LearnerState, State, restore_point
-from flowtrain.state.series import SeriesMap
+from flowtrain.state.learner_state import LearnerState, make_entries, restore_point
 from flowtrain.state.views import bind_view
 
 __all__ = [
@@ -76,6 +75,7 @@ class Callbacks(Sequence[Callback]):
     Attributes:
         written: The entries of ``cbstate`` that callbacks of this learner have ever declared to write.
         shared: Which state is the same on every rank, if several processes train together; otherwise ``None``.
+        measured: The times of handlers in the last fit with a timeline.
 
     Raises:
         FlowtrainError: The declarations have no valid order, or name state that does not exist.
@@ -102,6 +102,9 @@ class Callbacks(Sequence[Callback]):
         self._participants: dict[_Key, list[tuple[Node, Handler]]] = {}
         self._dispatch: dict[tuple[Any, ...], Handler | None] = {}
         self._notes: Callable[[Plan], str] = lambda plan: ""
+        self._costs: Callable[[Plan], Mapping[int, float]] = lambda plan: {}
+        self._clock: Clock | None = None
+        self.measured = Measured()
         names = unique_names(list(callbacks))
         self._nodes = [self._make_node(callback, name, place) for place, (callback, name) in enumerate(names)]
         self._phases = _known_phases(self._nodes, phases)
@@ -149,7 +152,8 @@ class Callbacks(Sequence[Callback]):
             if key not in self._known:
                 self._add_types(event_type, phase_type)
             order = self._known[key]
-            self._plans[key] = make_plan(event_type, phase_type, order, self._state, self._watch, self._peers)
+            timed = None if self._clock is None else self._clock.around
+            self._plans[key] = make_plan(event_type, phase_type, order, self._state, self._watch, self._peers, timed)
         return self._plans[key]
 
     def explain(self) -> str:
@@ -174,6 +178,10 @@ class Callbacks(Sequence[Callback]):
     ) -> Drawing:
         """Return a picture of the handlers of an event: which of them run first, and why.
 
+        After a fit with a timeline (`flowtrain.callbacks.Timeline`) it has the median time of each handler, and the
+        path through the graph that takes longest in colour: the event takes that long however many handlers run at the
+        same time. Without one it has the times that the executor has measured, if it has.
+
         Args:
             event: The type of the event.
             phase: The type of the phase; ``None`` for the first one in which the event has handlers.
@@ -185,7 +193,7 @@ class Callbacks(Sequence[Callback]):
         check_drawn(event, phase)
         known = (each for each, order in self._known.items() if each[0] is event and order.nodes)
         plan = self.plan(event, phase or next(known, (event, Phase))[1])
-        return draw_plan(plan, self._notes(plan).splitlines(), to=to)
+        return draw_plan(plan, self._notes(plan).splitlines(), self.measured.of(plan) or self._costs(plan), to)
 
     def find(self, wanted: type | str) -> Callback | None:
         """Return the first callback of a type, subclasses included, or of a name; ``None`` if the learner has none.
@@ -260,9 +268,24 @@ class Callbacks(Sequence[Callback]):
         """Return the plans of all known events as lines that ranks compare (`flowtrain.graph.plan_texts`)."""
         return describe((*key, order) for key, order in self._known.items())
 
-    def annotate(self, notes: Callable[[Plan], str]) -> None:
-        """Let `explain` add the text that a function gives for each plan: `Executor.explain`."""
+    def annotate(
+        self, notes: Callable[[Plan], str], costs: Callable[[Plan], Mapping[int, float]] | None = None
+    ) -> None:
+        """Let `explain` add the text that a function gives for each plan, and `draw` the seconds by position.
+
+        Args:
+            notes: `Executor.explain`.
+            costs: `flowtrain.graph.executor.Measuring.costs`; ``None`` if the executor measures nothing.
+        """
         self._notes = notes
+        self._costs = costs or self._costs
+
+    def time(self, clock: Clock | None) -> None:
+        """Have the handlers of all plans timed from now on, or no longer for ``None``. The times stay in `measured`."""
+        self._clock = clock
+        self._plans.clear()
+        if clock is not None:
+            self.measured = clock.measured
 
     @overload
     def __getitem__(self, index: int) -> Callback: ...
@@ -371,7 +394,9 @@ class Callbacks(Sequence[Callback]):
         cbstate = self._state.cbstate
         restore = restore_point(cbstate)
         try:
-            _make_containers(self._nodes, cbstate, late=self._state.lag > 0)
+            union = (item for node in self._nodes for item in node.union)
+            written = [path for path, kind in union if isinstance(kind, Write) and path[0] == "cbstate"]
+            make_entries(cbstate, written, late=self._state.lag > 0)
             with_setup = [node for node in self._nodes if type(node.callback).setup is not Callback.setup]
             for node in order_setup([node for node in with_setup if id(node.callback) not in known], self._reach):
                 self._call_setup(node)
@@ -401,32 +426,6 @@ def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]
     # A user's event may be fired in any phase, so it is known in all.
     handled = [handler.event_type for node in nodes for _, handler in node.handlers]
     return [*fires, *dict.fromkeys(event for event in handled if not is_bundled_event(event))]
-
-
-def _make_containers(nodes: Iterable[Node], cbstate: State, *, late: bool) -> None:
-    """Make the entries of ``cbstate`` that callbacks declare to write and that the learner makes for them.
-
-    These are the containers of the bundled callbacks with the declared series in them, and a namespace for each further
-    entry of which callbacks declare only parts.
-
-    Args:
-        nodes: The callbacks.
-        cbstate: The state in which the entries are made.
-        late: Whether values of the device are read late, so that series keep them there.
-    """
-    paths = [path for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == "cbstate"]
-    whole = {path[1] for path in paths if len(path) == 2}  # entries that the `setup` of their writers makes
-    for path in paths:
-        if len(path) == 1 or path[1] in cbstate:
-            continue
-        name = path[1]
-        if name in CONTAINERS:
-            setattr(cbstate, name, CONTAINERS[name](f"cbstate.{name}", late))
-        elif name not in whole:
-            setattr(cbstate, name, State(f"cbstate.{name}"))
-    for path in paths:
-        if len(path) > 2 and isinstance(cbstate.__dict__.get(path[1]), SeriesMap):
-            cbstate.__dict__[path[1]].series(".".join(path[2:]))
 
 
 def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:

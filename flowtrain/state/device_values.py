@@ -15,8 +15,9 @@ that tests without an accelerator take the same way.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +28,19 @@ from flowtrain.state.accelerator import has_streams
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["CHUNK", "DEFAULT_LAG", "Lagged", "Reading", "Unread", "reading"]
+__all__ = ["CHUNK", "DEFAULT_LAG", "Lagged", "Reading", "Unread", "on_wait", "reading"]
 
 DEFAULT_LAG = 2
 """The number of batches between a value on a device and its use on the host."""
 
 CHUNK = 256
 """The largest number of values of one series that stay on the device."""
+
+on_wait: Callable[[int, int], None] | None = None
+"""Called with the begin and the end of each wait of the host for the device that the library makes, in ns.
+
+A timeline sets it for the time of a fit. The numbers are those of `time.perf_counter_ns`.
+"""
 
 _depth = 0  # how many calls of the library itself are reading a number now
 # A lane may read a series while the training thread writes it. One lock serves all series, as it is rarely contended.
@@ -89,6 +96,8 @@ class Reading:
 
     def numbers(self) -> list[Any]:
         """Return the values as Python numbers, in the order given. Waits for their copy, and for no later work."""
+        watch = on_wait
+        begin = 0 if watch is None else time.perf_counter_ns()
         for done in self._done:
             done.synchronize()
         numbers: list[Any] = [None] * self._count
@@ -96,6 +105,8 @@ class Reading:
             for positions, host in self._parts:
                 for position, number in zip(positions, host.reshape(-1).tolist(), strict=True):
                     numbers[position] = number
+        if watch is not None:
+            watch(begin, time.perf_counter_ns())
         return numbers
 
 

@@ -6,7 +6,7 @@ of a handler is replaced as a whole (`batch`); state that callbacks share has a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
 from flowtrain.errors import MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
-from flowtrain.state.by_phase import CountsMap, PhaseMap
+from flowtrain.state.by_phase import CONTAINERS, CountsMap, PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, changed_items, declared_items
 from flowtrain.state.encoding import Packer, in_types_of, unpack
 from flowtrain.state.optimizer_view import OptimizerParts
@@ -23,7 +23,7 @@ from flowtrain.state.random_numbers import Draws
 from flowtrain.state.readonly import readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
-__all__ = ["LearnerState", "Named", "State", "Twins", "by_name", "restore_point"]
+__all__ = ["LearnerState", "Named", "State", "Twins", "by_name", "make_entries", "restore_point"]
 
 
 class _Namespace:
@@ -344,6 +344,31 @@ class LearnerState:
         """Make `batch` the current one, with a twin, because it may come to hold containers."""
         self.batch = batch
         self.batch_twin = ReadOnlyBatch(batch)
+
+
+def make_entries(cbstate: State, written: Sequence[Path], *, late: bool) -> None:
+    """Make the entries of ``cbstate`` that callbacks declare to write and that the learner makes for them.
+
+    These are the containers of the bundled callbacks with the declared series in them, and a namespace for each further
+    entry of which callbacks declare only parts.
+
+    Args:
+        cbstate: The state in which the entries are made.
+        written: The paths below ``cbstate`` that callbacks declare to write.
+        late: Whether values of the device are read late, so that series keep them there.
+    """
+    whole = {path[1] for path in written if len(path) == 2}  # entries that the `setup` of their writers makes
+    for path in written:
+        if len(path) == 1 or path[1] in cbstate:
+            continue
+        name = path[1]
+        if name in CONTAINERS:
+            setattr(cbstate, name, CONTAINERS[name](f"cbstate.{name}", late))
+        elif name not in whole:
+            setattr(cbstate, name, State(f"cbstate.{name}"))
+    for path in written:
+        if len(path) > 2 and isinstance(cbstate.__dict__.get(path[1]), SeriesMap):
+            cbstate.__dict__[path[1]].series(".".join(path[2:]))
 
 
 def restore_point(state: State) -> Callable[[], None]:

@@ -23,6 +23,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.suggest_access import Recording, record
+from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Mailbox, Runner
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
@@ -133,6 +134,7 @@ class TinySite:
         self.fired: list[tuple[str, Event]] = []
         self.requests: list[tuple[str, CheckpointRequest]] = []
         self.mailbox = Mailbox()
+        self.clock: Clock | None = None
         self.failures: list[tuple[str, BaseException]] = []
         self.drained: list[list[tuple[str, Event]]] = []
         self.swapped: list[Runner] = []

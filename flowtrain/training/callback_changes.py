@@ -19,6 +19,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import BackwardEnd, BatchEnd, Event, UpdateBegin, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.errors import CallbackError
+from flowtrain.graph.executor import Measuring
 from flowtrain.graph.nodes import Node, unique_names
 from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks
@@ -84,7 +85,7 @@ class CallbackChanges:
         self._check_free(callbacks)
         phases = [type(phase) for phase in state.data]
         made = Callbacks(callbacks, state, phases, before, watched, self._accept, self._peers)
-        made.annotate(loop.executor.explain)
+        made.annotate(loop.executor.explain, loop.executor.costs if isinstance(loop.executor, Measuring) else None)
         state.callbacks = made
         core.need_grad_norm(any(map(_sees_norm, made.nodes)))
         core.guard_nan(any(callback.stops_at_nan for callback in made))

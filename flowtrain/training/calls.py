@@ -7,7 +7,7 @@ loop run. `predict` runs no phase: it only calls the model, and leaves no trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from os import PathLike
 from typing import Any
 
@@ -93,8 +93,9 @@ class Calls:
         limit_batches: float | Mapping[Any, float] | None,
         data: Any,
         resume: str | PathLike[str] | None,
+        timed: AbstractContextManager[None],
     ) -> None:
-        """See `Learner.fit`."""
+        """See `Learner.fit`. The context `timed` is entered for the fit, after everything has been checked."""
         # A fit that resumes opens the backends itself, at the positions in the checkpoint.
         with self._running("fit()", opens=resume is None):
             epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
@@ -109,7 +110,8 @@ class Calls:
                 try:
                     if resume is not None:
                         self._loop.resume(resume, chosen, "epochs" if steps is None else "steps")
-                    self.stopped = self._loop.fit(chosen, epochs, steps, validate_every)
+                    with timed:
+                        self.stopped = self._loop.fit(chosen, epochs, steps, validate_every)
                 except BaseException as failure:
                     Interrupts.short(failure)
                     self.stopped = failure

@@ -9,7 +9,7 @@ events; if handlers failed, it calls `fail`, which raises the failures that have
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from typing import Any, ClassVar
 
@@ -28,6 +28,7 @@ from flowtrain.callback.events import (
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_step
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a, raise_worst
+from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Executor, Mailbox, Runner
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
@@ -137,6 +138,7 @@ class Dispatch:
         checkpoint: A function that takes the requested checkpoints; ``None`` without checkpoints.
         drop: A function that is called with the requests that an error has dropped.
         met: The types of the events with exchanges between ranks that were fired since this set was cleared.
+        clock: Times handlers and parts of batches; ``None`` without a timeline.
     """
 
     def __init__(
@@ -151,6 +153,7 @@ class Dispatch:
         self.checkpoint: Callable[[Sequence[CheckpointRequest]], None] | None = None
         self.drop: Callable[[Sequence[CheckpointRequest]], None] = lambda requests: None
         self.met: set[type[Event]] = set()
+        self.clock: Clock | None = None
         self._scopes = scopes
         self._sinks = sinks
         self._in_a_batch = _IN_A_BATCH - {UpdateBegin, UpdateEnd} if accumulates else _IN_A_BATCH
@@ -169,6 +172,21 @@ class Dispatch:
         self._scopes.keep_entries(_seen_after_a_batch(callbacks.nodes, self._in_a_batch))
         self._by_type.clear()
         self.runners.clear()
+
+    def time(self, clock: Clock | None) -> None:
+        """Have handlers and parts of batches timed from now on, or no longer for ``None``.
+
+        All plans and runners are made anew, so that without a clock no line asks for it.
+        """
+        self.clock = clock
+        if self._callbacks is not None:
+            self._callbacks.time(clock)
+        self._by_type.clear()
+        self.runners.clear()
+
+    def batches(self, batches: Iterable[Any]) -> Iterable[Any]:
+        """Return the batches of an epoch, and time the waits for them if there is a clock."""
+        return batches if self.clock is None else self.clock.batches(batches)
 
     @property
     def nodes(self) -> Sequence[Node]:
@@ -199,12 +217,15 @@ class Dispatch:
                     f"back all it held. Make a new one."
                 )
             plan = self._callbacks.plan(event_type, phase_type) if self._callbacks is not None else ()
-            self._by_type[key] = self._compile(plan) if isinstance(plan, Plan) and plan.handlers else None
+            made = self._noting(plan, self.executor.compile(plan)) if isinstance(plan, Plan) and plan.handlers else None
+            self._by_type[key] = self._timed(key, made)
         return self._by_type[key]
 
-    def _compile(self, plan: Plan) -> Runner:
+    def _timed(self, key: tuple[type[Event], type[Phase]], runner: Runner | None) -> Runner | None:
+        return runner if self.clock is None else self.clock.runner(*key, runner)
+
+    def _noting(self, plan: Plan, runner: Runner) -> Runner:
         """Return the runner of a plan, which notes its event in `met` if the ranks exchange values at it."""
-        runner = self.executor.compile(plan)
         if all(planned.exchange is None for planned in plan.handlers):
             return runner
         met, event_type = self.met, plan.event_type
@@ -249,8 +270,9 @@ class Dispatch:
 
     def swap(self, plan: Plan, runner: Runner) -> None:
         """Use another runner for a plan from its next event on; a plan that `use` has replaced is ignored."""
-        if (plan.event_type, plan.phase_type) in self._by_type:
-            self._by_type[plan.event_type, plan.phase_type] = runner
+        key = plan.event_type, plan.phase_type
+        if key in self._by_type:
+            self._by_type[key] = self._timed(key, self._noting(plan, runner))
             self.runners.clear()
 
     def fire(self, event: Event, phase: Phase) -> None:

@@ -393,7 +393,7 @@ class Loop:
         done = scopes.batch_number
         if most is not None:
             batches = islice(batches, most - done)
-        fed = self.core.feed(batches, None if total is None else total - done)
+        fed = self.dispatch.batches(self.core.feed(batches, None if total is None else total - done))
         for scopes.batch_number, raw in enumerate(fed, done + 1):
             try:
                 step(raw)

@@ -302,9 +302,9 @@ class RankLoop(Loop):
         source = chain([first], source)
         del first
         if total is not None:
-            fed = iter(self.core.feed(source, total - done))
+            fed = iter(self.dispatch.batches(self.core.feed(source, total - done)))
         else:  # the ranks tell each other before each batch whether they have one, so no batch is taken early
-            fed = self._data.until_any_ends(phase, source)
+            fed = iter(self.dispatch.batches(self._data.until_any_ends(phase, source)))
         step = self.steps.step_of(phase)
         while total is None or number < total:
             self.ranks.begin_batch("")

@@ -26,6 +26,7 @@ from flowtrain.callbacks import (
     Metrics,
     ProgressBar,
     Scheduler,
+    Timeline,
     Timer,
     Traces,
     one_cycle,
@@ -145,6 +146,7 @@ CASES: dict[str, Case] = {
     ),
     "Scheduler": Case(lambda _: (Scheduler({LearningRate: reduce_on_plateau(0.05)}),)),
     "StopOnNaNLoss": Case(lambda _: (flowtrain.callbacks.StopOnNaNLoss(),), {"lossfn": not_a_number}),
+    "Timeline": Case(lambda folder: (Timeline(folder / "timeline.json"),), placed=("path", "files")),
     "Timer": Case(lambda _: (Timer(iter(range(10_000)).__next__),), placed=("clock",)),
     "Traces": Case(lambda _: (twice(),)),
 }

@@ -7,6 +7,7 @@ built it. Replaced modules and hooks cannot be saved: the learner must already h
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -177,7 +178,19 @@ class Changes:
                     f"a {here} there" if here is not ABSENT else "nothing there"
                 )
 
-    def built_otherwise(self, saved: Mapping[str, Any] | None) -> list[str]:
+    def warn_of_others(self, saved: Mapping[str, Any] | None, stacklevel: int) -> None:
+        """Warn if the learner of a checkpoint was built differently; `_built_otherwise` describes `saved`."""
+        otherwise = self._built_otherwise(saved)
+        if otherwise:
+            more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
+            warnings.warn(
+                f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
+                f"continues with this learner. For the same result build it as the other one was built.",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+    def _built_otherwise(self, saved: Mapping[str, Any] | None) -> list[str]:
         """Return the names that were frozen or in eval mode at the start of the saved run and not of this one.
 
         Names for which it is the other way round are returned too, each in a text that says how it was and is.

@@ -26,6 +26,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, raise_worst
+from flowtrain.graph.clock import spanning
 from flowtrain.graph.executor import Executor, Mailbox, Resumable, Site
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
@@ -136,6 +137,12 @@ class Checkpoints:
         self._waiting.clear()
 
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
+        files = ", ".join(Path(request.path).name for request in requests)
+        with spanning(self.writer.clock, f"checkpoint {files}", "checkpoint"):
+            self._begin(requests)
+
+    def _begin(self, requests: Sequence[CheckpointRequest]) -> None:
+        """Copy the state for each request, after waiting for the previous write, and begin to write the copies."""
         finite = self._is_finite()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
         failures: list[BaseException] = []
@@ -349,15 +356,7 @@ class Checkpoints:
                 UserWarning,
                 stacklevel=6,
             )
-        otherwise = self.changes.built_otherwise(contents.get("structure"))
-        if otherwise:
-            more = f", and {len(otherwise) - 3} more" if len(otherwise) > 3 else ""
-            warnings.warn(
-                f"The learner of the checkpoint was built differently: {', '.join(otherwise[:3])}{more}. The fit "
-                f"continues with this learner. For the same result build it as the other one was built.",
-                UserWarning,
-                stacklevel=6,
-            )
+        self.changes.warn_of_others(contents.get("structure"), stacklevel=6)
         warn_of_workers(contents, data)
 
     def _read(self, path: Any) -> dict[str, Any]:

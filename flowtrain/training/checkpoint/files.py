@@ -25,6 +25,7 @@ import torch
 
 from flowtrain.callback.view import POINTERS, CheckpointRequest
 from flowtrain.errors import CheckpointError
+from flowtrain.graph.clock import Clock, spanning
 from flowtrain.graph.executor import Mailbox
 from flowtrain.training.checkpoint.folder_lock import check_owned
 from flowtrain.training.checkpoint.reading import comment, target
@@ -94,10 +95,12 @@ class Writer:
     Attributes:
         reached: Called on the writing thread at each point of a write, with a text that names the point. Tests replace
             it to stop a write there.
+        clock: Times the writes; ``None`` without a timeline.
     """
 
     def __init__(self, mailbox: Mailbox) -> None:
         self.reached: Callable[[str], None] = lambda point: None
+        self.clock: Clock | None = None
         self._mailbox = mailbox
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
@@ -149,7 +152,7 @@ class Writer:
         path = Path(request.path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with around:
+            with around, spanning(self.clock, f"writes {path.name}", "checkpoint"):
                 if contents is not None:
                     self._complete(path, contents, request)
         except BaseException as error:  # any exception, since it would be lost with this thread

@@ -1,0 +1,298 @@
+"""Trace files: the stamps of a clock as trace events, which Perfetto and Chrome show.
+
+The format is that of https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (trace events),
+in its form as an array: a file that lacks its end, since the process was killed, opens as well. `TraceWriter` takes the
+stamps out of a clock on a thread of its own and appends them to the file. `join` makes one file of several, such as
+those of several ranks and of ``torch.profiler``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from flowtrain.errors import LoggingError, UsageError
+from flowtrain.graph.clock import Clock, Mark, Stamp, Track
+from flowtrain.logging.files import AppendingFile
+
+__all__ = ["TraceWriter", "join", "read_trace"]
+
+_logger = logging.getLogger("flowtrain")
+
+_PAUSE = 0.25
+"""Seconds between two looks for new stamps, which are what a kill loses."""
+
+_TOGETHER = 200
+"""How many stamps are formatted before other threads get a turn: about 0.2 ms of the interpreter's lock."""
+
+_BEHIND = 20_000
+"""With more stamps than this in memory the thread no longer pauses between them."""
+
+_FIRST_WORKER = 1000
+"""Processes of workers are numbered from here, after the process that trains, which has the number of its rank + 1."""
+
+
+class TraceWriter:
+    """Writes the stamps of a clock to a file, on a thread, until `close`.
+
+    Args:
+        clock: The clock.
+        path: The file. If it exists, the first of ``name-2``, ``name-3`` and so on that does not is made.
+        rank: The number of this process among those that train together.
+        limit: The most bytes of the file; later stamps are left out, and the file says so.
+        about: Values that the file records about itself.
+
+    Raises:
+        OSError, ValueError or LoggingError: The file cannot be made.
+
+    Attributes:
+        path: The file that was made.
+        dropped: How many stamps were left out.
+    """
+
+    def __init__(self, clock: Clock, path: Path, rank: int, limit: int, about: Mapping[str, Any]) -> None:
+        self.path = _make(path)
+        self.dropped = 0
+        self._clock, self._pid, self._limit = clock, rank + 1, limit
+        self._file: AppendingFile | None = AppendingFile(str(self.path.absolute()), lambda descriptor: 0)
+        self._zero, unix = _now()
+        self._templates: dict[tuple[Mark, int | Track], str] = {}
+        self._lines: dict[int | Track, tuple[int, int]] = {}  # the numbers of process and thread of each track
+        self._processes: dict[str, int] = {}
+        self._ended = threading.Event()
+        begin = [
+            *self._name_process(self._pid, f"rank {rank} (process {os.getpid()})"),
+            {"name": "clock", "ph": "M", "pid": self._pid, "args": {"unix_ns": unix, **about}},
+        ]
+        self._append(["[" + ",\n".join(map(json.dumps, begin))])
+        self._thread = threading.Thread(target=self._run, name="flowtrain-timeline", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Write the stamps that are left, and end the file."""
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._ended.wait(_PAUSE):
+            self._take()
+        self._take()
+        if self.dropped:
+            text = f"{self.dropped:,} times after this are not in the file, which has reached its limit"
+            self._append([",\n" + json.dumps(self._instant(text))])
+        self._append(["\n]\n"])
+        if self._file is not None:
+            with suppress(LoggingError):  # a disk that fails only now has the whole file in the system's memory
+                self._file.close()
+
+    def _take(self) -> None:
+        """Take out the stamps that are there now, and write them."""
+        stamps = self._clock.stamps
+        left = len(stamps)
+        while left:
+            taken = [stamps.popleft() for _ in range(min(left, _TOGETHER))]
+            left -= len(taken)
+            for mark, begin, end, _, _ in taken:
+                if mark.seconds is not None:
+                    mark.seconds.append((end - begin) * 1e-9)
+            if self._file is not None:
+                self._write(taken)
+            if left < _BEHIND:
+                time.sleep(0.001)
+
+    def _write(self, taken: Sequence[Stamp]) -> None:
+        if self._file is not None and self._file.size > self._limit:
+            self.dropped += len(taken)
+            return
+        zero, templates, parts = self._zero, self._templates, list[str]()
+        for mark, begin, end, track, args in taken:
+            template = templates.get((mark, track))
+            if template is None:
+                template = self._template(mark, track, parts)
+            at, took = begin - zero, end - begin
+            text = template % (at // 1000, at % 1000, took // 1000, took % 1000)
+            if args is None:
+                parts.append(text)
+            elif isinstance(args, tuple):
+                parts.append(f'{text[:-2]}, "epoch": {args[0]}, "batch": {args[1]}}}}}')
+            else:
+                parts.append(_with_args(text, args))
+        self._append(parts)
+
+    def _append(self, parts: Sequence[str]) -> None:
+        """Append trace events to the file; after an error, which is logged, nothing more is written."""
+        if self._file is None:
+            return
+        try:
+            try:
+                self._file.append("".join(parts).encode())
+            except LoggingError:
+                self._file.append_all([part.encode() for part in parts])  # as many as fit
+        except (LoggingError, OSError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            _logger.warning(
+                "flowtrain: the timeline %s ends here, since it cannot be written: %s. What it has can be opened; "
+                "training is not affected.",
+                self.path,
+                getattr(cause, "strerror", None) or cause,
+            )
+            file, self._file = self._file, None
+            with suppress(LoggingError, OSError):
+                file.close()
+
+    # --- names and numbers of the lines of a timeline
+
+    def _template(self, mark: Mark, track: int | Track, parts: list[str]) -> str:
+        """Return the text of a trace event of a mark on a track, up to its numbers."""
+        if track not in self._lines:
+            parts += [",\n" + json.dumps(each) for each in self._begin_line(track)]
+        pid, tid = self._lines[track]
+        head = json.dumps({"name": mark.name, "cat": mark.kind, "ph": "X", "pid": pid, "tid": tid}).replace("%", "%%")
+        args = json.dumps(dict(mark.args), default=str).replace("%", "%%")
+        text = f',\n{head[:-1]}, "ts": %d.%03d, "dur": %d.%03d, "args": {args}}}'
+        if mark.seconds is not None or mark.kind in ("part", "batch"):  # other marks have one stamp each
+            self._templates[mark, track] = text
+        return text
+
+    def _begin_line(self, track: int | Track) -> Iterator[dict[str, Any]]:
+        """Give a track its numbers, and yield the trace events that name it."""
+        if isinstance(track, Track):
+            pid = self._processes.get(track.process)
+            if pid is None:
+                pid = self._pid * _FIRST_WORKER + len(self._processes)
+                self._processes[track.process] = pid
+                yield from self._name_process(pid, track.process)
+            name = track.thread
+        else:
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            pid, name = self._pid, names.get(track, "thread")
+            name = "training" if name == "MainThread" else name
+        tid = len(self._lines) + 1
+        self._lines[track] = pid, tid
+        yield {"name": "thread_name", "ph": "M", "pid": pid, "tid": tid, "args": {"name": name}}
+        yield {"name": "thread_sort_index", "ph": "M", "pid": pid, "tid": tid, "args": {"sort_index": tid}}
+
+    def _name_process(self, pid: int, name: str) -> Iterator[dict[str, Any]]:
+        yield {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
+        yield {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}}
+
+    def _instant(self, text: str) -> dict[str, Any]:
+        at = (time.perf_counter_ns() - self._zero) / 1000
+        return {"name": text, "ph": "i", "s": "p", "ts": at, "pid": self._pid, "tid": 0}
+
+
+def _with_args(text: str, args: Mapping[str, Any]) -> str:
+    """Return a trace event with further arguments, of which it may have none yet."""
+    more = json.dumps(dict(args), default=str)[1:-1]
+    return text if not more else f"{text[:-2]}{'' if text.endswith('{}}') else ', '}{more}}}}}"
+
+
+def _now() -> tuple[int, int]:
+    """Return the same moment in ns of `time.perf_counter_ns` and of the clock of the system, to about 1 us."""
+    found = []
+    for _ in range(5):
+        before = time.perf_counter_ns()
+        unix = time.time_ns()
+        found.append((time.perf_counter_ns() - before, before, unix))
+    took, before, unix = min(found)
+    return before + took // 2, unix
+
+
+def _make(path: Path) -> Path:
+    """Make a file with a path, or with the first of ``name-2``, ``name-3`` and so on that does not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    number, found = 1, path
+    while True:
+        try:
+            found.open("xb").close()  # so that no file of the user is lost
+            return found
+        except FileExistsError:
+            number += 1
+            found = path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def read_trace(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int | None]:
+    """Return the trace events of a file, and the moment of its zero in ns since 1970, or ``None`` if it has none.
+
+    Args:
+        path: A file of a timeline, also one that was cut off, or of ``torch.profiler``.
+
+    Raises:
+        UsageError: The file cannot be read, or has no trace events.
+    """
+    try:
+        text = Path(path).read_text("utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"The trace {os.fspath(path)!r} cannot be read: {error.strerror}.") from error
+    try:
+        found = json.loads(text)
+    except ValueError:
+        try:
+            found = json.loads(text[: text.rindex("}", 0, text.rindex("\n"))] + "}]")
+        except ValueError:
+            found = None
+    if isinstance(found, dict):
+        events, zero = found.get("traceEvents"), found.get("baseTimeNanoseconds")
+    else:
+        events = found
+        clocks = (each["args"] for each in found or () if isinstance(each, dict) and each.get("name") == "clock")
+        zero = next((args["unix_ns"] for args in clocks if "unix_ns" in args), None)
+    if not isinstance(events, list):
+        raise UsageError(
+            f"{os.fspath(path)!r} has no trace events. Pass files of Timeline, and of torch.profiler's "
+            f"export_chrome_trace."
+        )
+    return events, zero
+
+
+def join(paths: Sequence[str | os.PathLike[str]], to: str | os.PathLike[str]) -> None:
+    """Write the events of several trace files into one, with one clock.
+
+    A process whose number another file has used already gets a new number.
+
+    Args:
+        paths: The files.
+        to: The file to write, which is replaced if it exists.
+
+    Raises:
+        UsageError: A file cannot be read, does not tell the time of its beginning, or `to` cannot be written.
+    """
+    traces = [(os.fspath(path), *read_trace(path)) for path in paths]
+    without = [name for name, _, zero in traces if zero is None]
+    if without:
+        raise UsageError(
+            f"{', '.join(without)} cannot be joined: the file does not tell when it began. Timelines do, and traces of "
+            f"torch.profiler since torch 2.3."
+        )
+    first = min(zero for _, _, zero in traces if zero is not None)
+    joined: list[dict[str, Any]] = []
+    taken: set[Any] = set()
+    for _, events, zero in traces:
+        own: dict[Any, Any] = {}
+        for event in events:
+            pid = event.get("pid")
+            if pid not in own:
+                own[pid] = _free_number(pid, {*taken, *own.values()})
+            moved = {**event, "pid": own[pid]}
+            if "ts" in event:
+                moved["ts"] = event["ts"] + ((zero or 0) - first) / 1000
+            joined.append(moved)
+        taken |= {*own.values()}
+    try:
+        Path(to).write_text(json.dumps({"traceEvents": joined, "baseTimeNanoseconds": first}), "utf-8")
+    except OSError as error:
+        raise UsageError(f"The joined trace {os.fspath(to)!r} cannot be written: {error.strerror}.") from error
+
+
+def _free_number(pid: Any, taken: set[Any]) -> Any:
+    """Return the number of a process, or another one if it is taken; names of torch's lines are left as they are."""
+    while isinstance(pid, int) and pid in taken:
+        pid += 1_000_000
+    return pid
