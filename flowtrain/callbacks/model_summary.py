@@ -24,6 +24,7 @@ from flowtrain.callbacks.terminal import console, generator_kept
 from flowtrain.data.nested import Attribute, items
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
 from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.state.shards import is_sharded
 
 __all__ = [
     "Layer",
@@ -38,8 +39,8 @@ class ModelSummary(Callback):
 
     `flowtrain.callbacks.summarize` makes the table, and works without a learner. To find the shapes, a copy of the
     model that shares its parameters runs once, on `inputs` or on the first training batch. Shapes are left out if
-    taking that batch would change the data of training (an iterator, an ``IterableDataset``), and if a learner has
-    several models.
+    taking that batch would change the data of training (an iterator, an ``IterableDataset``), if a learner has several
+    models, and if the model is sharded.
 
     Reads ``model`` and ``data``, so it runs after callbacks that write these at `FitBegin`. Writes no state. Its
     resources are ``resource.terminal`` and ``resource.rng``: samplers may draw random numbers, and the generators are
@@ -62,6 +63,7 @@ class ModelSummary(Callback):
     """
 
     audited = False
+    ranks = "every"  # a sharded model is read by all ranks; the main rank prints
 
     def __init__(self, inputs: Any = None, depth: int = 2) -> None:
         self.inputs = inputs
@@ -76,7 +78,7 @@ class ModelSummary(Callback):
     @on(FitBegin)
     def show(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Print the table, or a table for each of several models, once in the life of the callback."""
-        if self._shown:
+        if self._shown or learner.rank:
             return
         self._shown = True
         model, data = learner.model, learner.data
@@ -239,6 +241,8 @@ def _summarize(model: torch.nn.Module, inputs: Any, depth: int, call: Callable[.
 def _run(model: torch.nn.Module, inputs: Any, call: Callable[..., Any]) -> tuple[torch.nn.Module, dict[str, str], str]:
     """Run a copy of a model; return the copy, the shapes of outputs by the name of the module, and a note on errors."""
     shapes: dict[str, str] = {}
+    if any(is_sharded(param) for param in model.parameters()):
+        return model, shapes, "Without shapes: the parameters are sharded, and a forward pass needs all ranks."
     try:
         copied = shared_copy(model).eval()
     except CannotLook as reason:

@@ -348,12 +348,26 @@ def _check_sharded(node: Node) -> None:
                 f"each rank change its part."
             )
         if main and tensors and not gathered:
-            whole = "batch.grads" if path[0] == "batch" else "params"
             raise RankError(
-                f"{node.name} runs on the main rank only, since {ranks_of(node).why}, and reads {dotted(path)}, which "
-                f"is sharded: each rank holds a part, and all ranks must help to put it together. Declare "
-                f'{{"{whole}": Read(gather=True)}}, or set ranks = "every", so that each rank reads its part.'
+                f"{node.name} runs on the main rank only, since {ranks_of(node).why}, and reads {dotted(path)}, "
+                f"{_unsharded(node, path)}"
             )
+
+
+def _unsharded(node: Node, path: Path) -> str:
+    """Return the rest of the message to a callback of the main rank that reads sharded tensors at a path."""
+    parts = "sharded: each rank holds a part, and all ranks must help to put it together."
+    passed = "Pass access=" if node.callback.access_argument is not None else "Declare "
+    if path == ("batch",):
+        return (
+            f"and with it batch.grads, which is {parts} {passed}{{...}} with the entries that it reads, such as "
+            f'{{"batch.outputs": Read()}}; for gradients {{"batch.grads": Read(gather=True)}}.'
+        )
+    whole = "batch.grads" if path[0] == "batch" else "params"
+    return (
+        f'which is {parts} {passed}{{"{whole}": Read(gather=True)}}, or set ranks = "every", so that each rank reads '
+        f"its part."
+    )
 
 
 def exchanges_of(declaration: Declaration, peers: Peers | None) -> tuple[list[tuple[Path, Read]], list[Path]]:

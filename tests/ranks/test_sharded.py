@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Sequence
 from functools import partial
@@ -28,6 +30,7 @@ from flowtrain import (
     Learner,
     LossBegin,
     Phase,
+    RankError,
     StepContext,
     TorchCore,
     TrainingPhase,
@@ -37,7 +40,17 @@ from flowtrain import (
     find_learning_rate,
     on,
 )
-from flowtrain.callbacks import EMA, SWA, Checkpointer, Freeze, GradNorm, LogHistograms, SanityCheck
+from flowtrain.callbacks import (
+    EMA,
+    SWA,
+    Checkpointer,
+    Freeze,
+    GradNorm,
+    LogHistograms,
+    LogVisualization,
+    ModelSummary,
+    SanityCheck,
+)
 from flowtrain.core.sharding import full_state_dict
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.shards import whole
@@ -303,6 +316,24 @@ def test_histograms_are_those_of_whole_tensors(ranks: Ranks, tmp_path: Path) -> 
         rows.append([{name: each for name, each in json.loads(line).items() if name != "time"} for line in lines])
     assert rows[0] == rows[1]
     assert sum("Gradients/0.weight" in str(row) for row in rows[0]) == 4
+
+
+def printed() -> tuple[str, str]:
+    with contextlib.redirect_stdout(io.StringIO()) as output, learner("fsdp", ModelSummary()) as made:
+        made.fit(1)
+    with pytest.raises(RankError) as refused:
+        learner("fsdp", LogVisualization(str, JsonlBackend("never.jsonl")))
+    return output.getvalue(), str(refused.value)
+
+
+def test_a_summary_counts_whole_parameters_and_a_reader_of_the_batch_is_told_what_to_pass(ranks: Ranks) -> None:
+    (main, told), (other, _) = ranks.values(printed)
+    assert "(model)" not in other
+    rows = [line.split() for line in main.splitlines() if line.startswith((" (model)", " 0", " 3"))]
+    sizes = {row[0]: row[2] for row in rows}
+    assert sizes == {"(model)": "121", "0": "91", "3": "8"}
+    assert "Without shapes: the parameters are sharded, and a forward pass needs all ranks." in main
+    assert 'Pass access={...} with the entries that it reads, such as {"batch.outputs": Read()}; for gradients' in told
 
 
 def frozen(parallel: Any) -> dict[str, Tensor]:
