@@ -52,6 +52,7 @@ class CsvBackend(FileBackend):
         self._rows = 0
         self._last: list[str] = []  # the cells of the last row
         self._start = 0  # the position in bytes at which the last row begins
+        self._own = False  # whether the last row is of this run, so that cells may be added to it
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
         """Return the group, step, name and value as JSON."""
@@ -63,7 +64,7 @@ class CsvBackend(FileBackend):
         """Bring the file to the disk; return its columns, the number of its rows, and the cells of the last one."""
         if super().flush() is None:
             return None
-        return {"columns": list(self._columns), "rows": self._rows, "last": list(self._last)}
+        return {"columns": list(self._columns), "rows": self._rows, "last": list(self._last), "own": self._own}
 
     def check(self, position: Any) -> None:
         """Check that the table reaches to a position.
@@ -95,12 +96,14 @@ class CsvBackend(FileBackend):
         if self._file is not None and position is not None:
             kept = list(islice(self._read(), max(position["rows"] - 1, 0)))
             self._rewrite(position["columns"], [*kept, position["last"]] if position["rows"] else [])
+            self._own = position.get("own", True)  # early checkpoints lack it
 
     def _open_file(self, run: Run) -> AppendingFile:
         remove_temporary(self.path)
         file = AppendingFile(self.path, self._whole_rows)
         try:
             self._load()
+            self._own = run.resumed or run.id == self._run
             if not file.size:
                 file.append(_text([self._columns]))
         except BaseException:  # the backend does not have the file yet, so nothing else would close it
@@ -114,7 +117,7 @@ class CsvBackend(FileBackend):
             name += "_"
         if name not in self._columns:
             file = self._rewrite([*self._columns, name], self._read())
-        if self._last[:2] == [group, step]:  # add the cell to the last row, by writing that row again
+        if self._own and self._last[:2] == [group, step]:  # add the cell to the last row, by writing that row again
             row = self._last
             file.truncate(self._start)
         else:
@@ -122,7 +125,7 @@ class CsvBackend(FileBackend):
             self._start = file.size
             self._rows += 1
         row[self._columns.index(name)] = value
-        self._last = row
+        self._last, self._own = row, True
         file.append(_text([row]))
 
     def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> AppendingFile:
@@ -143,31 +146,34 @@ class CsvBackend(FileBackend):
             yield from rows
 
     def _load(self) -> None:
-        """Read the columns, the number of rows and the last row of the file.
-
-        Raises:
-            LoggingError: The file is no table of a `CsvBackend`.
-        """
+        """Read the columns, the number of rows and the last row of the file."""
         with open(self.path, newline="", encoding="utf-8") as file:
             table = list(csv.reader(file))
         self._columns = table[0] if table else list(_FIXED)
-        if self._columns[:2] != _FIXED:
-            raise LoggingError(
-                f"{self.path} begins with the columns {', '.join(self._columns)}, so it is no table of a "
-                f"CsvBackend, which begins with group, step. Log to another path."
-            )
         self._rows = max(len(table) - 1, 0)
         self._last = table[-1] if self._rows else []
         self._start = os.path.getsize(self.path) - len(_text([self._last])) if self._rows else 0
 
     def _whole_rows(self, descriptor: int) -> int:
+        """Return the number of bytes up to the last line break of the table.
+
+        Raises:
+            LoggingError: The file is no table of a `CsvBackend`. It has not been changed.
+        """
         data = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
+        head = data.partition(b"\n")[0].decode(errors="replace").replace(",", ", ")
+        begin = ", ".join(_FIXED)
+        if head[: len(begin)] != begin[: len(head)]:  # a killed process may have written a part of it
+            raise LoggingError(
+                f"{self.path} begins with the columns {head:.80}, so it is no table of a CsvBackend, which begins with "
+                f"{begin}. Log to another path. The file has not been changed."
+            )
         return data.rfind(b"\n") + 1
 
 
 def _is_position(position: Any) -> bool:
     """Tell whether a value is a position that `CsvBackend.flush` can have returned."""
-    if type(position) is not dict or position.keys() != {"columns", "rows", "last"}:
+    if type(position) is not dict or {*position, "own"} != {"columns", "rows", "last", "own"}:
         return False
     columns, rows, last = position["columns"], position["rows"], position["last"]
     return (
@@ -175,6 +181,7 @@ def _is_position(position: Any) -> bool:
         and columns[:2] == _FIXED
         and type(rows) is int
         and rows >= 0
+        and type(position.get("own", True)) is bool
         and (2 <= len(last) <= len(columns) if rows else not last)
     )
 

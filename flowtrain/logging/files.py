@@ -43,7 +43,8 @@ class AppendingFile:
     Args:
         path: The path; file and folders are made if they do not exist.
         whole: A function of the descriptor of the open file that returns how many of its first bytes are whole
-            records. The bytes after these, a record that a power failure has cut off, are removed.
+            records, or refuses a file of other content. The bytes after these, a record that a power failure has cut
+            off, are removed.
 
     Attributes:
         size: The size of the file in bytes.
@@ -60,8 +61,12 @@ class AppendingFile:
         except OSError as error:
             raise unwritable(path, error) from error
         self._descriptor = self._file.fileno()
-        self.size = whole(self._descriptor)
-        os.ftruncate(self._descriptor, self.size)
+        try:
+            self.size = whole(self._descriptor)
+            os.ftruncate(self._descriptor, self.size)
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, data: bytes) -> None:
         """Write a record at the end of the file.

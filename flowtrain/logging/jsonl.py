@@ -33,6 +33,7 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote
 
+from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import Figure, File, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.files import AppendingFile, FileBackend, read_file, remove_temporary, replace_file
@@ -92,7 +93,28 @@ class JsonlBackend(FileBackend):
     def _open_file(self, run: Run) -> AppendingFile:
         if run.resumed:  # a process that was killed may have left a picture unfinished
             remove_temporary(f"{self.path}.files", within=True)
-        return AppendingFile(self.path, _whole_lines)
+        return AppendingFile(self.path, self._whole_lines)
+
+    def _whole_lines(self, descriptor: int) -> int:
+        """Return the number of bytes up to the last line break of a file, which is read from its end.
+
+        Raises:
+            LoggingError: The file is none of JSON lines. It has not been changed.
+        """
+        begin = os.pread(descriptor, 40, 0)
+        if begin[:1] not in (b"", b"{"):
+            raise LoggingError(
+                f"{self.path} begins with {begin.decode(errors='replace')!r}, so it is no file of a JsonlBackend, "
+                f"whose lines begin with {{. Log to another path. The file has not been changed."
+            )
+        end = os.fstat(descriptor).st_size
+        while end > 0:
+            start = max(0, end - _BLOCK)
+            found = os.pread(descriptor, end - start, start).rfind(b"\n")
+            if found >= 0:
+                return start + found + 1
+            end = start
+        return 0
 
     def _append(self, file: AppendingFile, record: bytes) -> None:
         if record.startswith(_WITH_FILE):
@@ -143,15 +165,3 @@ def _part(name: str) -> str:
     if len(quoted) > 200:
         quoted = f"{quoted[:190]}~{zlib.crc32(name.encode()):08x}"
     return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(quoted, quoted)  # these parts would name another folder
-
-
-def _whole_lines(descriptor: int) -> int:
-    """Return the number of bytes up to the last line break of a file, which is read from its end."""
-    end = os.fstat(descriptor).st_size
-    while end > 0:
-        start = max(0, end - _BLOCK)
-        found = os.pread(descriptor, end - start, start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0

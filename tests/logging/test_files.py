@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from flowtrain import BatchEnd, Learner
+from flowtrain.callbacks import Checkpointer, CustomCallback, LogMetrics
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, File, JsonlBackend, LoggerBackend, Run, TensorBoardBackend, Value
 from flowtrain.logging.files import AppendingFile, FileBackend, not_open, read_file, replace_file, unwritable
+from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
 from tests.support.programs import Programs
 
@@ -193,6 +199,73 @@ def test_a_subclass_that_writes_in_its_own_way_gets_every_record(tmp_path: Path)
     backend.close()
     assert found == [b'{"step": 1}\n', b'{"step": 2}\n']
     assert (tmp_path / "log.jsonl").read_bytes() == b"".join(found)
+
+
+@pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend, TensorBoardBackend])
+def test_a_second_run_is_told_when_its_fit_begins(kind: type[FileBackend], tmp_path: Path) -> None:
+    """Nothing has been trained then. A run that resumes, or has a path of its own, or says it, is told nothing."""
+
+    def made(path: str, **arguments: bool) -> Learner:
+        return tiny_learner(LogMetrics(kind(tmp_path / path, **arguments)), Checkpointer(tmp_path / "run"), n_batches=2)
+
+    made("log").fit(1)
+    made("log").fit(2, resume=tmp_path / "run")
+    made("log").fit(3, resume="auto")
+    learner, batches = made("log"), list[int]()
+    learner.add_callback(CustomCallback(lambda learner: batches.append(1), BatchEnd))
+    text = r"log already has .* of another run, and this run begins anew: .* Write fit\(\.\.\., resume=\.\.\.\) to cont"
+    with pytest.raises(UserWarning, match=text):
+        learner.fit(1)
+    assert batches == []
+    shutil.rmtree(tmp_path / "run")
+    made("log", append=True).fit(1)
+    shutil.rmtree(tmp_path / "run")
+    made("other").fit(1)
+
+
+@pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend])
+@pytest.mark.parametrize("content", [b"a note", b"a note\nwithout an end", b"\xff\xfe\n1"])
+def test_a_file_of_another_program_is_refused_and_stays_as_it_is(
+    kind: type[FileBackend], content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "log").write_bytes(content)
+    for append in (False, True):
+        with (
+            pytest.warns(UserWarning, match="of another run") if not append else nullcontext(),
+            pytest.raises(LoggingError, match=rf"no (table|file) of a {kind.__name__}, .*file has not been changed"),
+        ):
+            kind(tmp_path / "log", append=append).open(Run("r"))
+    assert (tmp_path / "log").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"", b"gro", b"group,step,Lo", b'{"name": "Los'])
+def test_what_a_killed_process_has_begun_to_write_is_removed(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "log").write_bytes(content)
+    backend = (JsonlBackend if content.startswith(b"{") else CsvBackend)(tmp_path / "log", append=True)
+    backend.open(Run("r"))
+    backend.close()
+    assert (tmp_path / "log").read_bytes() == (b"" if content.startswith(b"{") else b"group,step\n")
+
+
+def test_a_row_of_another_run_gets_no_cell_of_this_one(tmp_path: Path) -> None:
+    """Both rows have the same group and step, also after the second run has resumed from before its first row."""
+
+    def logged(run: Run, value: float, position: Any = None) -> Any:
+        backend = CsvBackend(tmp_path / "a.csv", append=True)
+        backend.open(run)
+        if position is not None:
+            backend.restore(position)
+        before = backend.flush()
+        backend.write(backend.encode(Value(value), "Loss", 1, ("Epoch", "TrainingPhase")))
+        backend.close()
+        return before
+
+    logged(Run("one"), 0.5)
+    begun = logged(Run("two"), 0.25)
+    rows = ["group,step,Loss", "Epoch/TrainingPhase,1,0.5", "Epoch/TrainingPhase,1,0.25"]
+    assert (tmp_path / "a.csv").read_text("utf-8").splitlines() == rows
+    logged(Run("two", resumed=True), 0.25, begun)
+    assert (tmp_path / "a.csv").read_text("utf-8").splitlines() == rows
 
 
 @pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend, TensorBoardBackend])
