@@ -93,6 +93,7 @@ OTHERS = {
     "ranks/test_kills": "ranks that are killed, and trainings that resume",
     "ranks/test_random_callbacks": "random callbacks on several ranks, accepted and refused, with real processes",
     "ranks/test_measured": "what several ranks measure and log",
+    "training/checkpoint/test_long_runs": "histories and checkpoints of long runs",
     "training/checkpoint/test_stateful_loader": "resume with a loader that keeps its position",
     "ranks/test_ways": "random ranks that cancel or fail in every way to train",
     "training/checkpoint/test_sharded": "resume with the share that one of several ranks has in a loader",

@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from flowtrain import BatchEnd, FlowtrainError, TorchCore
+from flowtrain import BatchEnd, FlowtrainError, TorchCore, TrainingPhase
 from flowtrain.callbacks import (
     Checkpointer,
     DeviceStats,
     EarlyStopping,
     GarbageCollect,
     LogHistograms,
+    Metrics,
     ModelSummary,
+    Scheduler,
+    SmoothLoss,
+    Traces,
     after,
     before,
     throttle,
@@ -48,6 +52,10 @@ PLACES: dict[str, tuple[int, Callable[[Any], object]]] = {
     "Checkpointer(): every_steps": (1, lambda n: Checkpointer("runs", every_steps=n)),
     "DeviceStats(): every": (1, lambda n: DeviceStats(n, lambda: {"Watt": 1.0})),
     "GarbageCollect(): every": (1, GarbageCollect),
+    "Metrics(): keep": (1, lambda n: Metrics(keep=n)),
+    "Scheduler(): keep": (1, lambda n: Scheduler({LearningRate: 0.1}, keep=n)),
+    "SmoothLoss(): keep": (1, lambda n: SmoothLoss(keep=n)),
+    "Traces(): keep": (1, lambda n: Traces({"One": lambda learner: 1.0}, TrainingPhase, keep=n)),
     "ModelSummary(): depth": (0, lambda n: ModelSummary(depth=n)),
     "summarize(): depth": (0, lambda n: summarize(torch.nn.Linear(1, 1), depth=n)),
     "every": (1, lambda n: LogHistograms(JsonlBackend("log.jsonl"), every=n)),

@@ -6,11 +6,9 @@ accumulates the batches itself, and is computed at the end of the epoch (`flowtr
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from operator import mul
-from typing import Any, Literal, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 
@@ -21,19 +19,16 @@ from flowtrain.callback.phases import Phase, has_bundled_step
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.batch_size import lengths, measure
-from flowtrain.errors import UsageError, describe, is_a
+from flowtrain.errors import UsageError, describe, is_a, whole_number
 from flowtrain.graph.registry import Callbacks
+from flowtrain.metrics.means import EpochMeans, exact_parts, joined, mean
 from flowtrain.metrics.metric import Metric, check_weight, values_of
 from flowtrain.metrics.running import Running, check_mergeable
 from flowtrain.metrics.track import Track
 from flowtrain.state.by_phase import epoch_of
-from flowtrain.state.device_values import Reading
 from flowtrain.training.fit_data import unlimited
 
-__all__ = ["Metrics", "exact_parts"]
-
-_Sums: TypeAlias = tuple[list[float], list[float]]
-"""The values of batches times their weights, and the weights, or numbers with the same sums."""
+__all__ = ["Metrics"]
 
 
 class Metrics(Callback):
@@ -72,9 +67,13 @@ class Metrics(Callback):
             that are a tensor are passed detached.
         weight: A function of ``(outputs, targets)`` that returns the weight of a batch in the means of an epoch, for
             the loss and for all functions that have no weight of their own.
+        keep: How many of the newest values of each series in ``metrics_step`` to keep, so that memory and checkpoints
+            stay small in a long run; all by default. Older values are dropped once a series has twice as many. The
+            values of epochs do not depend on it.
 
     Raises:
-        UsageError: An argument is no metric, two metrics have one name, or `weight` cannot be called.
+        UsageError: An argument is no metric, two metrics have one name, `weight` cannot be called, or `keep` is no
+            number of values.
         RankError: With several ranks: nothing says how the values that an object has accumulated on them are merged.
 
     >>> from flowtrain import ValidationPhase
@@ -83,7 +82,7 @@ class Metrics(Callback):
     (Metric(Accuracy), Metric(Bias))
     """
 
-    def __init__(self, *metrics: Any, weight: Callable[[Any, Any], Any] | None = None) -> None:
+    def __init__(self, *metrics: Any, weight: Callable[[Any, Any], Any] | None = None, keep: int | None = None) -> None:
         for metric in metrics:
             if isinstance(metric, (list, tuple)):
                 each = ", ".join(str(getattr(one, "__name__", one)) for one in metric)
@@ -99,6 +98,7 @@ class Metrics(Callback):
         self.metrics = tuple(map(_metric, metrics))
         self._tracks = [metric for metric in self.metrics if isinstance(metric, Track)]
         self.weight = weight
+        self.keep = None if keep is None else whole_number("Metrics(): keep", keep)
         names = ["Loss", *(name for metric in self.metrics for name in metric.names)]
         for name in names:
             if names.count(name) > 1:
@@ -107,7 +107,7 @@ class Metrics(Callback):
         self._loss_is_written = False  # whether a callback declares to write the loss
         self._copies = False  # whether the loss may be written after it is recorded, so that one read late is copied
         self._no_grad = torch.no_grad()  # one object for all batches: making one costs as much as a metric
-        self._weights: dict[str, list[Any]] = {"Loss": []}  # the weights of the epoch's batches, by series
+        self._means = EpochMeans()
         self._running: dict[tuple[Metric, Phase], Running] = {}
         self._loaded: dict[tuple[str, str], Any] = {}  # by name and phase: states of a checkpoint for `_run` to load
         self._quick: Phase | None = None  # the phase whose batch size is known to be the length of its inputs
@@ -161,7 +161,7 @@ class Metrics(Callback):
         if learner.rank:  # the main rank of several warns
             self._warned.add(phase)
         self._copies = self._loss_is_written or not has_bundled_step(type(phase))
-        self._weights = {"Loss": []}
+        self._means = EpochMeans(repr(phase))
         self._phase, self._of_ranks = phase, None
         for metric in self.metrics:
             if self._has_run(metric, phase):
@@ -186,9 +186,19 @@ class Metrics(Callback):
                 value = loss.detach().clone() if self._copies else loss.detach()
             cbstate = learner.cbstate
             cbstate.metrics_step[phase].push("Loss", value, cbstate.history[phase].steps)
-            self._weights["Loss"].append(size)
+            self._means.weights["Loss"].append(size)
         if self.metrics:
             self._record_metrics(phase, learner, size)
+        if self.keep is not None:
+            self._shorten(learner.cbstate.metrics_step[phase], self.keep)
+
+    def _shorten(self, steps: Any, keep: int) -> None:
+        """Drop old values of the series of a phase that have become too long."""
+        long = [series for name in steps if len(series := steps[name]) >= 2 * keep]
+        if long:
+            self._means.add_up(steps)
+            for series in long:
+                series.shorten(keep)
 
     def _record_metrics(self, phase: Phase, learner: LearnerView, size: Any) -> None:
         batch = learner.batch
@@ -198,7 +208,7 @@ class Metrics(Callback):
         if isinstance(outputs, torch.Tensor):
             outputs = outputs.detach()  # a torchmetrics object may keep them for an epoch, which would keep the graphs
         steps, series = learner.cbstate.history[phase].steps, learner.cbstate.metrics_step[phase]
-        weights = self._weights
+        weights = self._means.weights
         with self._no_grad:
             for metric in self.metrics:
                 if not isinstance(phase, metric.phase):
@@ -241,7 +251,7 @@ class Metrics(Callback):
         if type(phase).batch_size is not Phase.batch_size:
             return check_weight(phase.batch_size(inputs, targets), f"{phase!r}.batch_size(inputs, targets)")
         size, certain = measure(inputs, targets)
-        if certain and self._loader_size not in (None, size) and not self._weights["Loss"]:
+        if certain and self._loader_size not in (None, size) and not self._means.begun:
             # If the loader makes batches of 8 and the tensors have shape (50, 8), samples are the second dimension.
             second = [tuple(getattr(each, "shape", ()))[1:2] for each in (inputs, targets)]
             certain = (self._loader_size,) not in second and (size < self._loader_size or size % self._loader_size == 0)
@@ -268,15 +278,18 @@ class Metrics(Callback):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the weights of the current epoch's batches, and the states of torchmetrics objects."""
-        sizes = {name: _numbers(weights) for name, weights in self._weights.items()}
+        """Return the sums of the current epoch, and the states of torchmetrics objects."""
+        if self._phase is not None and self._means.phase == repr(self._phase):
+            # A checkpoint has a few sums, however many batches the epoch has had.
+            self._means.add_up(self._series(self._phase))
         running = self._running.items()
         kept = [(_key(metric), repr(phase), *each.state_dict()) for (metric, phase), each in running]
-        return {"sizes": sizes, "held": [*kept, *((*key, *state) for key, state in self._loaded.items())]}
+        held = [*kept, *((*key, *state) for key, state in self._loaded.items())]
+        return {**self._means.state_dict(), "held": held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self._weights = {"Loss": [], **{name: list(weights) for name, weights in state["sizes"].items()}}
+        self._means = EpochMeans.loaded(state)
         self._running.clear()
         self._loaded = {}
         for name, phase, parts, number in state["held"]:
@@ -314,42 +327,28 @@ class Metrics(Callback):
                 check_mergeable(metric.f, metric.name)
                 if phase is not None and self._has_run(metric, phase):
                     running[place] = self._run(metric, phase).rank_state()
-        sums = {} if phase is None else self._sums(self._series(phase))
+        sums = {} if phase is None else self._means.sums(self._series(phase))
         return {"sums": {name: [exact_parts(each) for each in pair] for name, pair in sums.items()}, "running": running}
 
     def merge_ranks(self, states: Sequence[dict[str, Any]]) -> None:
         """Keep what all ranks have measured, for the end of the epoch. Later batches of this rank may still follow."""
         self._of_ranks = states
 
-    def _sums(self, steps: Any) -> dict[str, _Sums]:
-        """Return the weighted values and the weights of this rank in the epoch, by the series in `steps` that has them.
-
-        A value with weight 0 is left out, because it may be NaN: so is the loss of a batch whose tokens are all
-        ignored.
-        """
-        found: dict[str, _Sums] = {}
-        for name, weights in self._weights.items():
-            if weights:
-                pairs = zip(steps[name].since(-len(weights)), _numbers(weights), strict=True)
-                counted = [pair for pair in pairs if pair[1]]
-                found[name] = [mul(*pair) for pair in counted], [weight for _, weight in counted]
-        return found
-
     @on(EpochEnd, access="_of_epochs")
     def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
         """Record the values of the epoch."""
         epoch, steps = epoch_of(learner.cbstate.history, phase), learner.cbstate.metrics_step
         results, states = learner.cbstate.metrics_epoch, self._of_ranks
-        sums = self._sums(steps[phase]) if states is None else _joined(state["sums"] for state in states)
+        sums = self._means.sums(steps[phase]) if states is None else joined(state["sums"] for state in states)
         for place, metric in enumerate((None, *self.metrics), start=-1):
             if metric is not None and metric.accumulates:
                 found = self._accumulated(place, metric, phase)
             else:
                 own = "Loss" if metric is None else metric.name
-                found = {name: _mean(*each) for name, each in sums.items() if name.partition(".")[0] == own}
+                found = {name: mean(*each) for name, each in sums.items() if name.partition(".")[0] == own}
             for name, value in found.items():
                 results[phase].push(name, value, epoch)
-        self._phase = self._of_ranks = None
+        self._phase, self._of_ranks, self._means = None, None, EpochMeans()
         if learner.cbstate.history[phase].steps_epoch:
             for track in self._tracks:
                 # Another rank may have recorded it in its batches.
@@ -397,51 +396,3 @@ def _samples(loader: object) -> int | None:
         return None
     endless = isinstance(loader.dataset, torch.utils.data.IterableDataset)
     return loader.batch_size if endless or len(loader) > 1 else None
-
-
-def _joined(states: Iterable[dict[str, _Sums]]) -> dict[str, _Sums]:
-    """Return the sums of all ranks by series; the ranks need not have the same series."""
-    joined: dict[str, _Sums] = {}
-    for state in states:
-        for name, (products, weights) in state.items():
-            mine = joined.setdefault(name, ([], []))
-            mine[0].extend(products)
-            mine[1].extend(weights)
-    return joined
-
-
-def _mean(products: Sequence[float], weights: Sequence[float]) -> float:
-    """Return the quotient of two sums, each rounded once, so that it does not depend on the order of the batches."""
-    try:
-        total = math.fsum(weights)
-        return math.fsum(products) / total if total else math.nan
-    except (OverflowError, ValueError):  # fsum refuses sums that are too large, and infinities of both signs
-        return float(sum(products)) / sum(weights)
-
-
-def exact_parts(numbers: Sequence[float]) -> list[float]:
-    """Return a few numbers with exactly the same sum, by which ranks exchange the sum of any number of batches.
-
-    >>> exact_parts([0.1, 0.2, 1e17])
-    [1e+17, 0.30000000000000004, -2.7755575615628914e-17]
-    """
-    parts: list[float] = []
-    try:
-        # Each part is the rounded sum of what the parts before it leave, so the rest soon is zero.
-        while rest := math.fsum([*numbers, *(-part for part in parts)]):
-            parts.append(rest)
-            if not math.isfinite(rest):
-                break
-    except (OverflowError, ValueError):  # as in `_mean`
-        return [float(sum(numbers))]
-    return parts
-
-
-def _numbers(weights: Sequence[Any]) -> list[float]:
-    """Return the weights as numbers, and wait for the device if some of them are tensors."""
-    places = [place for place, weight in enumerate(weights) if isinstance(weight, torch.Tensor)]
-    found = list(weights)
-    if places:
-        for place, number in zip(places, Reading([weights[place] for place in places]).numbers(), strict=True):
-            found[place] = check_weight(number, "The weight of a batch")
-    return found

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from flowtrain.callback.access import Access, Write
 from flowtrain.callback.callback import Callback, on
@@ -45,6 +48,7 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.ends: dict[str, list[tuple[int, int, int, int]]] = {}
+        self._packed: dict[str, array[int]] = {}  # the same numbers one after another, as a checkpoint has them
         self._updates = 0  # the updates of the learner at the end of the last batch
         self._phase: Phase | None = None  # the phase of the present epoch, or of one that was not complete
         self._counts: Callable[[Phase], Counts | None] = lambda phase: None  # returns the counts of a phase
@@ -117,17 +121,27 @@ class Recorder(Callback):
         history[phase] = Counts((epochs + 1, steps, steps_epoch, updates))
         trained = sum(counts[1] for other, counts in history.items() if isinstance(other, AbstractTrainingPhase))
         made = sum(counts[3] for counts in history.values())
-        self.ends.setdefault(repr(phase), []).append((epoch_of(history, phase), steps, trained, made))
+        self._add_end(repr(phase), (epoch_of(history, phase), steps, trained, made))
+
+    def _add_end(self, phase: str, end: tuple[int, int, int, int]) -> None:
+        self.ends.setdefault(phase, []).append(end)
+        self._packed.setdefault(phase, array("q")).extend(end)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the numbers of batches at the ends of epochs; ``cbstate.history`` is in the checkpoint itself."""
-        return {"ends": {phase: list(ends) for phase, ends in self.ends.items()}}
+        # Copied as memory: a run of millions of epochs has as many ends.
+        ends = {phase: torch.frombuffer(array("q", row), dtype=torch.int64) for phase, row in self._packed.items()}
+        return {"ends": {phase: numbers.view(-1, 4) for phase, numbers in ends.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self.ends.clear()  # filled again, because a `History` may hold it
+        self._packed.clear()
         for phase, ends in state["ends"].items():
-            if isinstance(ends, Mapping):  # early checkpoints have a mapping from the number of the epoch
+            if isinstance(ends, torch.Tensor):
+                ends = ends.tolist()
+            elif isinstance(ends, Mapping):  # early checkpoints have a mapping from the number of the epoch
                 ends = [(epoch, *counts) for epoch, counts in ends.items()]
-            # Early checkpoints lack the updates: without accumulation there is one for each batch.
-            self.ends[phase] = [(epoch, own, trained, *(made or [trained])) for epoch, own, trained, *made in ends]
+            for epoch, own, trained, *made in ends:
+                # Early checkpoints lack the updates: without accumulation there is one for each batch.
+                self._add_end(phase, (epoch, own, trained, *(made or [trained])))

@@ -22,7 +22,7 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.schedules.plateau import Plateau, ReduceOnPlateau
 from flowtrain.callbacks.schedules.schedule import Schedule, ScheduleLike, as_schedule
 from flowtrain.callbacks.stopping.criterion import direction
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, whole_number
 from flowtrain.state.hyperparameters import Setting
 
 __all__ = ["Scheduler"]
@@ -45,11 +45,13 @@ class Scheduler(Callback):
     Args:
         schedules: A number, a function of the update, a schedule, or `reduce_on_plateau` for each hyperparameter. The
             key is a type, or an instance if the learner has several optimizers or parameter groups.
+        keep: How many of the newest values of each hyperparameter to keep, so that memory and checkpoints stay small in
+            a long run; all by default. Older values are dropped once there are twice as many.
 
     Raises:
-        UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter. At `FitBegin`: a
-            schedule has no length, and the length of the fit is not known. At an update: a schedule returns no finite
-            number, or one below the least value of the hyperparameter.
+        UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter, or `keep` is no number
+            of values. At `FitBegin`: a schedule has no length, and the length of the fit is not known. At an update: a
+            schedule returns no finite number, or one below the least value of the hyperparameter.
 
     >>> from flowtrain.callbacks import LearningRate, Momentum, one_cycle
     >>> Scheduler({LearningRate: one_cycle(1e-3), Momentum: one_cycle(0.85, start=0.95, end=0.95)})
@@ -58,7 +60,7 @@ class Scheduler(Callback):
 
     may_cancel = False
 
-    def __init__(self, schedules: Mapping[Any, ScheduleLike | ReduceOnPlateau]) -> None:
+    def __init__(self, schedules: Mapping[Any, ScheduleLike | ReduceOnPlateau], *, keep: int | None = None) -> None:
         self.schedules: dict[Setting, Schedule | ReduceOnPlateau] = {}
         self.updates = 0
         if not is_a(schedules, Mapping) or not schedules:
@@ -74,6 +76,7 @@ class Scheduler(Callback):
                         f"Give each hyperparameter one; sequence([...], at=[...]) joins two."
                     )
             self.schedules[setting] = given if isinstance(given, ReduceOnPlateau) else as_schedule(given)
+        self.keep = None if keep is None else whole_number("Scheduler(): keep", keep)
         watching = [(each.name, plan) for each, plan in self.schedules.items() if isinstance(plan, ReduceOnPlateau)]
         self._watching = dict(watching)  # by hyperparameter: the `reduce_on_plateau` as the user wrote it
         self._judging = dict(watching)  # the same with the mode of the metric, which `check_callbacks` finds
@@ -164,6 +167,8 @@ class Scheduler(Callback):
             value = self._checked(setting, schedule, self._value(setting, schedule, phase))
             setting.set(learner, value)
             series.push(setting.name, value, self.updates)
+            if self.keep is not None:
+                series[setting.name].shorten(self.keep)
 
     @on(EpochEnd, access="_watched", enabled="_by_epoch")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:

@@ -12,7 +12,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError
+from flowtrain.errors import UsageError, whole_number
 
 __all__ = ["SmoothLoss"]
 
@@ -29,9 +29,11 @@ class SmoothLoss(Callback):
 
     Args:
         beta: The share of the average that is kept at each batch, from 0 (no smoothing) to below 1.
+        keep: How many of the newest averages to keep, so that memory and checkpoints stay small in a long run; all by
+            default. Older averages are dropped once there are twice as many.
 
     Raises:
-        UsageError: `beta` is out of this range.
+        UsageError: `beta` is out of this range, or `keep` is no number of values.
 
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
@@ -41,10 +43,11 @@ class SmoothLoss(Callback):
     4
     """
 
-    def __init__(self, beta: float = 0.98) -> None:
+    def __init__(self, beta: float = 0.98, *, keep: int | None = None) -> None:
         if not 0 <= beta < 1:
             raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1, such as 0.98.")
         self.beta = beta
+        self.keep = None if keep is None else whole_number("SmoothLoss(): keep", keep)
         self._averages: dict[str, tuple[Any, int]] = {}  # by phase: the average before correction, and its batches
 
     def state_access(self) -> Access:
@@ -66,7 +69,10 @@ class SmoothLoss(Callback):
         count += 1
         self._averages[repr(phase)] = average, count
         step = learner.cbstate.history[phase].steps
-        learner.cbstate.smooth_loss[phase].push(average / (1 - self.beta**count), step)
+        series = learner.cbstate.smooth_loss[phase]
+        series.push(average / (1 - self.beta**count), step)
+        if self.keep is not None:
+            series.shorten(self.keep)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the averages by phase, each with the number of batches in it. This waits for the device."""

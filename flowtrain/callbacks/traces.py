@@ -10,7 +10,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import HandlerError, is_a, is_type
+from flowtrain.errors import HandlerError, is_a, is_type, whole_number
 
 __all__ = ["Traces"]
 
@@ -28,8 +28,11 @@ class Traces(Callback):
         phase_type: The phase, subclasses included.
         event_type: The event, subclasses included.
         access: The state that the functions read; all of ``batch`` by default.
+        keep: How many of the newest values of each function to keep, so that memory and checkpoints stay small in a
+            long run; all by default. Older values are dropped once there are twice as many.
 
     Raises:
+        UsageError: `keep` is no number of values.
         HandlerError: `traces` is no such mapping, a name has a dot, or `event_type` or `phase_type` is no such type.
 
     >>> from flowtrain import TrainingPhase
@@ -45,6 +48,8 @@ class Traces(Callback):
         phase_type: type[Phase],
         event_type: type[Event] = BatchEnd,
         access: Access | None = None,
+        *,
+        keep: int | None = None,
     ) -> None:
         if not is_a(traces, Mapping) or not traces or not all(callable(trace) for trace in traces.values()):
             example = "Traces({'Norm': f}, TrainingPhase)"
@@ -58,6 +63,7 @@ class Traces(Callback):
         for name in traces:
             if not is_a(name, str) or not name or "." in name:
                 raise HandlerError(f"The trace {name!r} needs a name without dots, because it is part of a path.")
+        self.keep = None if keep is None else whole_number("Traces(): keep", keep)
         self.traces = dict(traces)
         self.event_type = event_type
         self.phase_type = phase_type
@@ -80,3 +86,5 @@ class Traces(Callback):
         series = learner.cbstate.tracehistory[phase]
         for name, function in self.traces.items():
             series.push(name, function(learner), step)
+            if self.keep is not None:
+                series[name].shorten(self.keep)

@@ -157,14 +157,14 @@ def newest(series: Mapping[str, Series], group: Group, seen: dict[str, int]) -> 
     Args:
         series: The series by name.
         group: The group that the series are logged in, which tells them from the series of other phases.
-        seen: The length of each series at the last call, by group and name. This function updates it.
+        seen: How many values each series had been given at the last call, by group and name. This function updates it.
     """
     prefix = "/".join(group)
     for name, each in series.items():
-        length = len(each)
+        given = len(each) + each.dropped
         key = f"{prefix}/{name}"
-        if length and seen.get(key) != length:
-            seen[key] = length
+        if given and seen.get(key) != given:
+            seen[key] = given
             yield name, *each.last()
 
 

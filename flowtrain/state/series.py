@@ -1,9 +1,13 @@
-"""Series: values over time, which only grow; and series by name."""
+"""Series: values over time, and series by name.
+
+A series grows. Its writer may drop its oldest values (`Series.shorten`), so that it does not grow for ever.
+"""
 
 from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator, Mapping
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, cast, overload
 
 import torch
@@ -24,15 +28,20 @@ __all__ = ["ReadOnlySeries", "ReadOnlySeriesMap", "Series", "SeriesMap"]
 _ITEM = 8
 """The bytes of a packed step or value."""
 
+_CODES: dict[type | None, tuple[str, torch.dtype]] = {float: ("d", torch.float64), int: ("q", torch.int64)}
+"""How values of a type are packed: the code of `array`, and the dtype."""
+
 
 class _Packed:
     """The steps and values of a series as bytes: what is packed for one checkpoint is not packed again for the next.
 
     The tensors of a checkpoint that is being written share this memory. They do not change, because only the memory
     after them is filled; when it is full, twice as much takes its place.
+
+    The values are all floats, or all whole numbers of 64 bits.
     """
 
-    __slots__ = ("_count", "_steps", "_values")
+    __slots__ = ("_count", "_kind", "_steps", "_values")
 
     def __init__(self) -> None:
         self.clear()
@@ -40,24 +49,39 @@ class _Packed:
     def clear(self) -> None:
         """Forget the series. The memory is left to the tensors that share it."""
         self._count = 0
+        self._kind: type | None = None  # the type of the values
         self._steps, self._values = bytearray(), bytearray()
 
     def grown(self, steps: list[int], values: list[Any]) -> dict[str, Any] | None:
-        """Return the whole series as two tensors of length n; ``None`` if it is empty, or a new value is no float."""
+        """Return the whole series as two tensors of length n; ``None`` if it is empty or has other values."""
         new, count = values[self._count :], len(values)
-        if not count or any(type(value) is not float for value in new):
+        if not self._count and new:
+            self._kind = type(new[0])
+        kind = self._kind
+        if kind not in _CODES or any(type(value) is not kind for value in new):
+            return None
+        code, dtype = _CODES[kind]
+        try:
+            packed = array(code, new).tobytes()
+        except OverflowError:  # a whole number of more than 64 bits
             return None
         begin, end = _ITEM * self._count, _ITEM * count
         if end > len(self._steps):
-            more = bytes(2 * end - begin)
-            self._steps, self._values = self._steps[:begin] + more, self._values[:begin] + more
+            self._steps, self._values = _larger(self._steps, begin, 2 * end), _larger(self._values, begin, 2 * end)
         self._steps[begin:end] = array("q", steps[self._count :]).tobytes()
-        self._values[begin:end] = array("d", new).tobytes()
+        self._values[begin:end] = packed
         self._count = count
         return {
             "steps": torch.frombuffer(memoryview(self._steps)[:end], dtype=torch.int64),
-            "values": torch.frombuffer(memoryview(self._values)[:end], dtype=torch.float64),
+            "values": torch.frombuffer(memoryview(self._values)[:end], dtype=dtype),
         }
+
+
+def _larger(memory: bytearray, begin: int, size: int) -> bytearray:
+    """Return a buffer of `size` bytes whose first `begin` bytes are those of another one."""
+    made = bytearray(size)
+    made[:begin] = memoryview(memory)[:begin]
+    return made
 
 
 class Series(Container):
@@ -68,6 +92,9 @@ class Series(Container):
     one and the other. Two series are equal if they are the same object; compare ``list(series)`` for their content.
     ``copy.copy`` gives a series of one's own. Values of a device stay there, at most 256 of them, until they are read:
     to read them is to wait for the device.
+
+    Attributes:
+        dropped: How many older values the writer has dropped by `shorten`; positions and ``len`` are without these.
 
     Args:
         path: Where it lives, for messages.
@@ -82,11 +109,11 @@ class Series(Container):
     ([1, 2], [0.5, 0.25])
     """
 
-    __slots__ = ("_late", "_packed", "_path", "_steps", "_unread", "_values")
+    __slots__ = ("_late", "_packed", "_path", "_steps", "_unread", "_values", "dropped")
     __kind__ = "series"
 
     rewound: ClassVar[int] = 0
-    """How often a series was shortened or removed, by undoing a change or loading a checkpoint. Else series grow."""
+    """How often a series was shortened or removed: by its writer, by undoing a change, or by loading a checkpoint."""
 
     def __init__(self, path: str, late: bool = False) -> None:
         self._path = path
@@ -95,6 +122,7 @@ class Series(Container):
         self._values: list[Any] = []
         self._unread = Unread()
         self._packed = _Packed()
+        self.dropped = 0
 
     def push(self, value: Any, step: int) -> None:
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
@@ -114,6 +142,22 @@ class Series(Container):
                 return
         self._values.append(value)
         self._steps.append(step)
+
+    def shorten(self, keep: int) -> None:
+        """Drop the oldest values, so that `keep` are left, once there are twice as many.
+
+        Dropping them rarely costs next to nothing for each value. If values are on a device, this waits for them.
+        """
+        excess = len(self._steps) - keep
+        if excess < keep:
+            return
+        if self._unread:
+            self._unread.settle(self._values)
+        # New lists, because the snapshots of deferred events show the values of the present ones.
+        self._steps, self._values = self._steps[excess:], self._values[excess:]
+        self._unread, self._packed = Unread(), _Packed()
+        self.dropped += excess
+        Series.rewound += 1
 
     def last(self) -> tuple[int, Any]:
         """Return the newest ``(step, value)``.
@@ -161,26 +205,26 @@ class Series(Container):
         if self._unread:
             self._unread.settle(self._values)
         packed = self._packed.grown(self._steps, self._values)
-        if packed is not None:
-            return packed
-        values = self.since(0)
-        return {"steps": packer.copy(self._steps, path), "values": packer.copy(values, path)}
+        if packed is None:
+            packed = {"steps": packer.copy(self._steps, path), "values": packer.copy(self.since(0), path)}
+        return {**packed, "dropped": self.dropped} if self.dropped else packed
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
         self.__rewind__(0)
         for name, column in ("steps", self._steps), ("values", self._values):
             values = content.get(name, ())
             column.extend(values.tolist() if isinstance(values, torch.Tensor) else values)
+        self.dropped = content.get("dropped", 0)
 
     def __mark__(self) -> int:
-        return len(self)
+        return self.dropped + len(self)
 
     def __rewind__(self, mark: int) -> None:
-        # In place, because twins and views hold the lists.
+        start = max(mark - self.dropped, 0)
         if self._unread:
-            self._unread.forget(self._values, mark)
+            self._unread.forget(self._values, start)
         Series.rewound += 1
-        del self._values[mark:], self._steps[mark:]
+        del self._values[start:], self._steps[start:]  # in place, because snapshots share the lists
         self._packed.clear()  # a checkpoint that is being written may hold the memory, so it is not written again
 
     def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
@@ -238,7 +282,7 @@ class Series(Container):
 
     def __copy__(self) -> Series:
         copy = Series(self._path, self._late)
-        copy._steps, copy._values = self.steps, self.values
+        copy._steps, copy._values, copy.dropped = self.steps, self.values, self.dropped
         return copy
 
     def __repr__(self) -> str:
@@ -246,20 +290,29 @@ class Series(Container):
 
 
 class ReadOnlySeries(Series):
-    """The twin of a series: it shows the live values and refuses to `push`."""
+    """The twin of a series: it shows the live values and refuses to change them."""
 
-    __slots__ = ()
+    __slots__ = ("_of",)
 
     def __init__(self, series: Series) -> None:
-        self._path, self._steps, self._values = series._path, series._steps, series._values
-        self._late, self._unread, self._packed = series._late, series._unread, series._packed
+        self._of = series
 
     def push(self, value: Any, step: int) -> None:
         """Refuse."""
         raise refuse(self._path)
 
+    def shorten(self, keep: int) -> None:
+        """Refuse."""
+        raise refuse(self._path)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return Series, (self._path,), self.__getstate__()
+        _, state = cast("tuple[None, dict[str, Any]]", self.__getstate__())
+        return Series, (self._path,), (None, {name: value for name, value in state.items() if name != "_of"})
+
+
+for _name in Series.__slots__:  # the twin has no lists of its own, because `shorten` replaces those of the series
+    setattr(ReadOnlySeries, _name, property(attrgetter(f"_of.{_name}")))
+del _name
 
 
 class SeriesMap(Container, Mapping[str, Series]):

@@ -27,9 +27,9 @@ from flowtrain import (
     Write,
 )
 from flowtrain.callbacks import CustomCallback, Metric, Metrics, Track
-from flowtrain.callbacks.metrics import exact_parts
 from flowtrain.errors import RankError
 from flowtrain.metrics import accuracy
+from flowtrain.metrics.means import exact_parts
 from tests.support.examples import examples
 from tests.support.merged import ranked
 

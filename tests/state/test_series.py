@@ -216,6 +216,44 @@ def test_a_name_that_is_not_there_is_named() -> None:
             _ = each["Los"]
 
 
+# --- kept short
+
+
+@given(st.lists(st.integers()), st.integers(1, 5), st.booleans())
+def test_a_series_that_is_kept_short_has_its_newest_values(values: list[int], keep: int, late: bool) -> None:
+    series = Series("cbstate.x", late=late)
+    twin: Series = readonly(series, "cbstate.x")
+    for step, value in enumerate(values):
+        series.push(torch.tensor(value % 1000) if late else value, step)
+        series.shorten(keep)
+    pushed = list(enumerate(value % 1000 if late else value for value in values))
+    assert min(keep, len(values)) <= len(series) < 2 * keep
+    assert series.dropped + len(series) == twin.dropped + len(twin) == len(values)
+    assert list(series) == list(twin) == pushed[series.dropped :]
+    for made in (copy.deepcopy(twin), copy.copy(series)):
+        assert (type(made), made.dropped, list(made)) == (Series, series.dropped, list(series))
+    again = Series("cbstate.x")
+    again.__fill__(series.__packed__(Packer(), "cbstate.x"), {})
+    assert (again.dropped, list(again)) == (series.dropped, list(series))
+
+
+def test_a_mark_is_of_all_values_that_were_given() -> None:
+    series = pushed(9)
+    series.shorten(4)
+    mark = series.__mark__()
+    for step in range(9, 20):
+        series.push(0.5, step)
+    series.__rewind__(mark)
+    assert (series.steps, series.dropped) == ([5, 6, 7, 8], 5)
+    series.__fill__({}, {})
+    assert (len(series), series.dropped) == (0, 0)
+
+
+def test_only_the_writer_keeps_a_series_short(three: Series) -> None:
+    with pytest.raises(ProtectedException):
+        three.__twin__().shorten(1)
+
+
 # --- packed for checkpoints
 
 
@@ -277,7 +315,15 @@ def test_what_is_packed_stays_as_it_was_while_the_series_changes() -> None:
     assert last["values"].untyped_storage().nbytes() == 5000 * 8  # torch saves the whole storage of a tensor
 
 
-@pytest.mark.parametrize("other", [1, None, "a", torch.ones(2)])
+def test_whole_numbers_are_packed_as_whole_numbers() -> None:
+    series = pushed(3, int)
+    found = series.__packed__(Packer(), "")
+    assert (found["values"].dtype, found["values"].tolist()) == (torch.int64, [0, 1, 2])
+    series.push(2**70, 3)
+    assert series.__packed__(Packer(), "")["values"] == [0, 1, 2, 2**70]
+
+
+@pytest.mark.parametrize("other", [1, True, None, "a", torch.ones(2)])
 def test_other_values_are_packed_as_they_are(other: Any) -> None:
     series = pushed(3)
     packed(series)

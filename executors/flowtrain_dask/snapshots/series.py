@@ -1,6 +1,8 @@
 # pyright: reportPrivateUsage=false
 # A cut reads the private lists of its series.
-"""Snapshots of series. Nothing is copied: a series only grows, so its length tells which values it had.
+"""Snapshots of series. Nothing is copied: the lists of a series grow, so their length tells which values it had.
+
+A writer that drops the oldest values of its series gives the series new lists; snapshots keep the earlier ones.
 
 A snapshot of a series is a `Cut`: the first values of the learner's series. A snapshot of series by name is a `CutMap`:
 the series with their lengths, from which it makes a cut when a handler reads one. `CutPhases` has a `CutMap` for each
@@ -38,11 +40,13 @@ class Cut(ReadOnlySeries):
         first: The position, in the whole series, of the first value in the lists of `series`.
     """
 
-    __slots__ = ("_first", "_length", "_start", "_tail")
+    __slots__ = ("_first", "_length", "_start", "_tail", *Series.__slots__)
 
     def __init__(self, series: Series, length: int, start: int | None = None, first: int = 0) -> None:
         # The lists are not copied: training appends to them, and does not change earlier values.
-        super().__init__(series)
+        self._path, self._late, self.dropped = series._path, series._late, series.dropped
+        self._steps, self._values = series._steps, series._values
+        self._unread, self._packed = series._unread, series._packed
         self._length = length
         self._tail = start is not None
         self._start = 0 if start is None else _start(start, length)
@@ -103,7 +107,7 @@ class Cut(ReadOnlySeries):
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         steps = self._steps[self._start - self._first : self._length - self._first]
-        return _cut, (self._path, self._length, self._tail, steps, self.since(self._start))
+        return _cut, (self._path, self._length, self._tail, steps, self.since(self._start), self.dropped)
 
 
 class CutMap(ReadOnlySeriesMap):
@@ -111,7 +115,7 @@ class CutMap(ReadOnlySeriesMap):
 
     Args:
         path: The path of the map.
-        series: The series by name, in a dict that nobody changes.
+        series: Series with the present lists by name, in a dict that nobody changes.
         lengths: How many values of each series are shown.
         starts: For another process, the position of the first value of each series that is shown; a series without an
             entry is shown from its beginning. ``None`` shows all values in this process.
@@ -171,10 +175,10 @@ class Tail:
                 series.since(0)  # brings all values to the host that are on a device
             shown = slice(start - offset, last.lengths[name] - offset)
             self.firsts[name] = start
-            self.series[name] = _series(series._path, series._steps[shown], series._values[shown])
+            self.series[name] = _series(series._path, series._steps[shown], series._values[shown], series.dropped)
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        lists = {name: (each._path, each._steps, each._values) for name, each in self.series.items()}
+        lists = {name: (each._path, each._steps, each._values, each.dropped) for name, each in self.series.items()}
         return _tail, (self.path, self.firsts, lists)
 
 
@@ -276,7 +280,9 @@ class Cutter:
             return last  # no series has grown; a batch of events contains the same object only once
         # Series are added to a map and not replaced, but for a rewind, after which `last` is None: equal lengths of the
         # dicts mean equal series.
-        found = last._series if last is not None and len(last._series) == len(live) else dict(live)
+        found = last._series if last is not None and len(last._series) == len(live) else None
+        if found is None:
+            found = {name: _sharing(each) for name, each in live.items()}
         made = CutMap(series._path, found, lengths, starts)
         self._made[id(live)] = live, made
         return made
@@ -301,18 +307,18 @@ def _on_its_way(cut: Cut) -> Cut:
     values = cut._values[start:length]
     if None in values:  # the series itself has sent them, and no longer has the tensors
         values = cut.since(start)
-    made = _cut(cut._path, length, True, cut._steps[start:length], values)
+    made = _cut(cut._path, length, True, cut._steps[start:length], values, cut.dropped)
     made._unread = Unread.sent(values)
     return made
 
 
-def _cut(path: str, length: int, tail: bool, steps: list[int], values: list[Any]) -> Cut:
+def _cut(path: str, length: int, tail: bool, steps: list[int], values: list[Any], dropped: int) -> Cut:
     """Return a cut that has only the steps and values that are shown."""
     first = length - len(steps)
-    return Cut(_series(path, steps, values), length, first if tail else None, first)
+    return Cut(_series(path, steps, values, dropped), length, first if tail else None, first)
 
 
-def _tail(path: str, firsts: dict[str, int], lists: dict[str, tuple[str, list[int], list[Any]]]) -> Tail:
+def _tail(path: str, firsts: dict[str, int], lists: dict[str, tuple[str, list[int], list[Any], int]]) -> Tail:
     made: Tail = object.__new__(Tail)
     made.path, made.firsts = path, firsts
     made.series = {name: _series(*each) for name, each in lists.items()}
@@ -323,7 +329,14 @@ def _shown(tail: Tail, lengths: dict[str, int], starts: dict[str, int] | None) -
     return CutMap(tail.path, tail.series, lengths, starts, tail.firsts)
 
 
-def _series(path: str, steps: list[int], values: list[Any]) -> Series:
+def _series(path: str, steps: list[int], values: list[Any], dropped: int) -> Series:
     made = Series(path)
-    made._steps, made._values = steps, values
+    made._steps, made._values, made.dropped = steps, values, dropped
+    return made
+
+
+def _sharing(series: Series) -> Series:
+    """Return a series that keeps the present lists of another one, also when that one gets others."""
+    made = _series(series._path, series._steps, series._values, series.dropped)
+    made._unread = series._unread
     return made

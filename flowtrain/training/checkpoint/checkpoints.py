@@ -16,7 +16,6 @@ import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +47,7 @@ from flowtrain.training.checkpoint.form import check_form
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, replay, warn_of_workers
 from flowtrain.training.checkpoint.rank_parts import check_size
 from flowtrain.training.checkpoint.reading import read, real_folder
+from flowtrain.training.checkpoint.remote import Place, place, real_path
 from flowtrain.training.checkpoint.rng import (
     loader_state,
     random_state,
@@ -96,7 +96,7 @@ class Checkpoints:
         self.position = Position()
         self.writer = Writer(mailbox)
         self.resumed: Mapping[str, Any] | None = None
-        self.saved: list[Path] = []
+        self.saved: list[Place] = []
         self.showing_judged: list[Callback] = []
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
         self._executor = executor
@@ -151,7 +151,7 @@ class Checkpoints:
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
                 gathered = self._gather(request.judged) if self._again is None else put_together(self._again)
-                run = {**gathered["run"], "folder": real_folder(request.path)}
+                run = {**gathered["run"], "folder": real_path(place(request.path).parent)}
                 self._write({**gathered, "finite": finite, "run": run}, request)
             except CheckpointError as failure:  # raised below, after the other checkpoints are taken
                 failures.append(failure)
@@ -179,7 +179,7 @@ class Checkpoints:
             self.position.undo_begin(self._state.data, self._scopes.batch_number, self._scopes.passes)
             self._submit(requests)
             self.writer.wait()
-            self.saved = [Path(request.path) for request in requests]
+            self.saved = [place(request.path) for request in requests]
 
     def end_fit(self) -> None:
         """Forget the fit, and wait until its checkpoints are written.
@@ -317,7 +317,7 @@ class Checkpoints:
         with self._trained():
             before = gather(self._state, self._core, self.changes, in_memory=True)
             lanes = None if self._resumable is None else self._resumable.state_dict()
-            apply(contents, self._state, self._core, self.changes)
+            apply(contents, self._state, self._core, self.changes, before)
             try:
                 self._load_lanes(contents["lanes"])
                 positions = self._sinks.relocated_positions(run["positions"], run["folder"], run["here"])

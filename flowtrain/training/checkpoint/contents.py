@@ -32,8 +32,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -50,7 +48,7 @@ from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.shards import Pieces, shard_like
 from flowtrain.training.checkpoint.changes import Changes
-from flowtrain.training.checkpoint.reading import FORMAT, JUDGED, VERSION
+from flowtrain.training.checkpoint.reading import FORMAT, JUDGED, VERSION, own_version
 from flowtrain.training.sinks import Sinks
 
 __all__ = [
@@ -61,7 +59,6 @@ __all__ = [
     "gather",
     "load_callbacks",
     "load_models",
-    "own_version",
     "without_callback",
 ]
 
@@ -152,15 +149,6 @@ def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     contents = {"state": core.groups.state_dict(), "gradients": gradients}
     copied: dict[str, Any] = packer.copy(contents, "the gradients")
     return copied
-
-
-@cache  # the metadata of a package is a file, which takes 1 ms to find and to parse
-def own_version() -> str:
-    """Return the version of flowtrain, ``"unknown"`` if it is not installed."""
-    try:
-        return version("flowtrain")
-    except PackageNotFoundError:  # run from a source tree
-        return "unknown"
 
 
 def _state_of(module: Any) -> dict[str, Any]:
@@ -322,13 +310,23 @@ def finish(
 
 
 @_explained()
-def apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, changes: Changes) -> None:
+def apply(
+    contents: Mapping[str, Any],
+    state: LearnerState,
+    core: TorchCore,
+    changes: Changes,
+    before: Mapping[str, Any] | None = None,
+) -> None:
     """Put a learner into the state of a checkpoint that `check_fits` has passed. `contents` is not changed.
+
+    Args:
+        contents, state, core, changes: The contents of the checkpoint, and the learner.
+        before: The present state, if the caller has gathered it already: memory holds it once then.
 
     Raises:
         CheckpointError: A callback refused its state. The learner is in its earlier state again.
     """
-    before = gather(state, core, changes, in_memory=True)
+    before = gather(state, core, changes, in_memory=True) if before is None else before
     try:
         _apply(contents, state, core, changes)
     except BaseException:

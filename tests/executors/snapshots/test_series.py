@@ -23,6 +23,7 @@ from flowtrain_dask.snapshots.copying import Copying
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cut, CutMap, Cutter
 from tests.support.examples import examples
+from tests.support.untyped import untyped
 
 PATH = ("cbstate", "metrics_step")
 
@@ -301,13 +302,37 @@ def test_a_series_that_is_replaced_is_another_one() -> None:
     assert list(shown(taken(metrics, cutter))) == []
 
 
-def test_to_take_series_by_name_makes_none_of_them() -> None:
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_snapshot_keeps_the_values_that_the_series_drops(tail: bool, late: bool) -> None:
+    """Three events wait while training drops values; each shows what was there, and how many were dropped before."""
+    metrics, cutter, waiting, expected = by_phase(), Cutter(tail=tail, late=late), list[Any](), list[Any]()
+    live = metrics[TrainingPhase()].series("Loss")
+    live._late = late
+    for step in range(12):
+        live.push(torch.tensor(float(step)), step)
+        live.shorten(3)
+        waiting.append(taken(metrics, cutter))
+        expected.append((len(live), live.dropped, live.last(), list(live)))
+    for event, (length, dropped, last, pairs) in zip(sent(waiting) if tail else waiting, expected, strict=True):
+        cut = shown(event)[TrainingPhase]["Loss"]
+        assert (len(cut), cut.dropped, cut.last()) == (length, dropped, last)
+        if not tail:
+            assert list(cut) == pairs
+
+
+def test_to_take_series_by_name_makes_none_of_them_at_each_event() -> None:
+    """Those of the first event share the lists of the live ones, and serve the later events."""
     metrics = by_phase()
-    metrics[TrainingPhase].push("Loss", 0.5, 1)
     for cutter in (Cutter(), Cutter(tail=True)):
-        found = shown(taken(metrics, cutter))[TrainingPhase]
-        assert type(found) is CutMap
-        assert found._series["Loss"] is metrics[TrainingPhase]["Loss"]  # pyright: ignore[reportPrivateUsage]  # its own
+        made: list[Any] = []
+        for step in range(3):
+            metrics[TrainingPhase].push("Loss", 0.5, step)
+            found = shown(taken(metrics, cutter))[TrainingPhase]
+            assert type(found) is CutMap
+            made.append(untyped(found)._series["Loss"])
+        assert made[0] is made[1] is made[2]
+        assert made[0]._values is untyped(metrics[TrainingPhase]["Loss"])._values
 
 
 def test_what_travels_does_not_grow_with_the_series() -> None:
