@@ -101,6 +101,13 @@ print(sorted(load_file(os.path.join("folder", file))))
 history = tiny_learner(n_batches=4).fit(1)
 print(history.to_pandas()[["epoch", "update", "metric"]].values.tolist())
 """,
+    "remote": """
+from flowtrain.callbacks import Checkpointer
+tiny_learner(Checkpointer("memory://runs/a")).fit(1)
+learner = tiny_learner(Checkpointer("memory://runs/a"))
+learner.fit(2, resume="auto")
+print(dict(learner.cbstate.history))
+""",
     "torchdata": """
 from torch.utils.data import TensorDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -157,6 +164,8 @@ LoggingError 'flowtrain[wandb]'
     "tensorboard": "Epoch/Loss 1 2\n",
     "safetensors": "['coeff']\n",
     "pandas": "[[1, 4, 'Loss'], [1, 4, 'Loss']]\n",
+    "remote": "{TrainingPhase: Counts(epochs=2, steps=32, steps_epoch=16, updates=32), "
+    "ValidationPhase: Counts(epochs=2, steps=32, steps_epoch=16, updates=0)}\n",
     "torchdata": "{TrainingPhase: Counts(epochs=2, steps=6, steps_epoch=3, updates=6)}\n",
     "transformers": "True\n",
     "plot": "True\n",

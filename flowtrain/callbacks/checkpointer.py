@@ -28,6 +28,7 @@ from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.training.checkpoint.files import point
 from flowtrain.training.checkpoint.reading import number_of, target
+from flowtrain.training.checkpoint.remote import Place, Remote, place, real_path, written_at
 
 __all__ = ["Checkpointer", "latest_of"]
 
@@ -56,7 +57,9 @@ class Checkpointer(Callback):
       while training continues.
 
     Args:
-        folder: The folder, which is made if it does not exist.
+        folder: The folder, which is made if it does not exist; or the address of a folder of a remote file system, such
+            as ``"s3://bucket/runs/a"``, with ``flowtrain[remote]`` and the package of the file system, as s3fs. No
+            other run may write into it: that is noticed in folders of this machine alone.
         keep_top_k: How many of the best epochs to keep, beside the latest one; all by default. Without a monitor the
             newest epochs count as the best.
         every: Write a checkpoint after the epochs whose number is a multiple of this.
@@ -128,7 +131,7 @@ class Checkpointer(Callback):
                 "metric that ranks them, as in monitor='Loss'."
             )
         _check_weights(weights)
-        self.folder = Path(folder)
+        self.folder = place(folder)
         self.keep_top_k, self.monitor, self.phase = keep_top_k, monitor, phase
         self.mode: Mode | None = mode
         self.every = whole_number("Checkpointer(): every", every)
@@ -156,8 +159,8 @@ class Checkpointer(Callback):
         return {"cbstate.history": Read(), **metric}
 
     def own_folders(self) -> Sequence[Path]:
-        """Return the folder, except in a dry run, which writes no checkpoints."""
-        return () if identity() is not None else (self.folder,)
+        """Return the folder if it can be locked, and this is no dry run, which writes no checkpoints."""
+        return () if identity() is not None or isinstance(self.folder, Remote) else (self.folder,)
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out whether small or large values of the metric are good."""
@@ -240,7 +243,7 @@ class Checkpointer(Callback):
         least = math.inf if self.monitor is None else min((rank for _, rank in self._files), default=math.inf)
         return {  # earlier versions of flowtrain read the entry "best"
             "files": list(self._files), "best": least, "step file": self._step_file, "spare": list(self._damaged),
-            "folder": os.path.realpath(self.folder), "ranked by": list(self._ranked_by),
+            "folder": real_path(self.folder), "ranked by": list(self._ranked_by),
             "latest": self._latest, "epoch file": self._epoch_file, "removed": list(self._removed),
         }  # fmt: skip
 
@@ -260,8 +263,8 @@ class Checkpointer(Callback):
         A fit that resumes from a checkpoint in another folder never removes the files of that folder.
         """
         recorded = self._loaded_from or before
-        moved = os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
-        self._went_back = os.path.realpath(self.folder) in (recorded, moved)
+        moved = here if recorded == before else os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
+        self._went_back = real_path(self.folder) in (recorded, moved)
         if not self._went_back:
             self._files, self._damaged = [], []
             self._step_file = self._latest = self._epoch_file = ""
@@ -394,7 +397,7 @@ class Checkpointer(Callback):
         Without a ``latest`` no checkpoint was finished either, so one within an epoch, which no later one replaces, is
         removed too.
         """
-        for path in self.folder.glob(".*tmp"):
+        for path in self.folder.glob(".*tmp"):  # a remote folder has none
             name = path.name[1:].split(".")[0]
             if name in (*POINTERS, "start", "interrupted") or number_of(f"{name}.ckpt") is not None:
                 path.unlink(missing_ok=True)
@@ -414,13 +417,14 @@ class Checkpointer(Callback):
             )
 
 
-def latest_of(callbacks: Iterable[Callback]) -> Path | None:
+def latest_of(callbacks: Iterable[Callback]) -> Place | None:
     """Return the folder whose latest checkpoint ``fit(resume="auto")`` continues, or ``None`` if there is none yet.
 
     With several Checkpointers that is the folder whose latest checkpoint is the newest.
 
     Raises:
         UsageError: There is no `Checkpointer`.
+        CheckpointError: A remote file system does not answer.
     """
     folders = [each.folder for each in callbacks if isinstance(each, Checkpointer)]
     if not folders:
@@ -430,12 +434,8 @@ def latest_of(callbacks: Iterable[Callback]) -> Path | None:
         )
     found = [(folder / "latest", folder / target(folder, "latest")) for folder in folders]
     # A pointer whose checkpoint is missing counts too: the fit then continues from an earlier one, or says why not.
-    written = [
-        ((file if file.is_file() else pointer).stat().st_mtime_ns, pointer.parent)
-        for pointer, file in found
-        if pointer.is_file()
-    ]
-    return max(written)[1] if written else None
+    found = [(file if file.is_file() else pointer, pointer) for pointer, file in found if pointer.is_file()]
+    return max(found, key=lambda each: written_at(each[0]))[1].parent if found else None
 
 
 def _check_weights(weights: object) -> None:

@@ -11,7 +11,6 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from flowtrain.callback.events import (
@@ -41,6 +40,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.position import Position, Stream, loader_start
+from flowtrain.training.checkpoint.remote import Place
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.interrupts import Interrupts
@@ -425,7 +425,7 @@ class Loop:
         return self.state.batch
 
 
-def _why_stopped(failures: list[BaseException], saved: Sequence[Path]) -> str:
+def _why_stopped(failures: list[BaseException], saved: Sequence[Place]) -> str:
     """Return why a cancel or an interrupt has ended a fit, and where, in one line; an empty string without one.
 
     Args:

@@ -42,9 +42,9 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Packer
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
-from flowtrain.training.checkpoint.contents import own_version
 from flowtrain.training.checkpoint.position import Stream
 from flowtrain.training.checkpoint.rank_checkpoints import RankCheckpoints
+from flowtrain.training.checkpoint.reading import own_version
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import LEFT_OPEN, Loop
 from flowtrain.training.rank_data import RankData

@@ -34,7 +34,7 @@ from flowtrain import (
 from flowtrain.callbacks import LearningRateMonitor, LogMetrics, Recorder
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.logging import JsonlBackend
-from flowtrain.training.checkpoint.contents import own_version
+from flowtrain.training.checkpoint.reading import own_version
 from tests.support.ranks import Ranks, rank
 
 

@@ -6,6 +6,8 @@ they are replaced in the same way. They are not links, because not every file sy
 A `Writer` writes checkpoints on its own thread, one at a time. The training thread hands over a copy of the state that
 nothing else refers to, and continues. It waits only if the previous checkpoint is still being written. If writing
 fails, the error is raised on the training thread: before its next batch, or when it waits for the writer.
+
+A folder may also be that of a remote file system (`flowtrain.training.checkpoint.remote`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from flowtrain.graph.clock import Clock, spanning
 from flowtrain.graph.executor import Mailbox
 from flowtrain.training.checkpoint.folder_lock import check_owned
 from flowtrain.training.checkpoint.reading import comment, target
+from flowtrain.training.checkpoint.remote import Place, Remote, Unreachable, place
 from flowtrain.training.checkpoint.shard_files import put_together, remove_shards, with_shards
 
 __all__ = ["Writer", "point", "save", "write_whole"]
@@ -36,8 +39,8 @@ __all__ = ["Writer", "point", "save", "write_whole"]
 _Reached = Callable[[str], None]
 
 
-def write_whole(path: Path, write: Callable[[IO[bytes]], None], reached: _Reached, what: str) -> None:
-    """Write a file under a temporary name, flush it to the disk, and rename it.
+def write_whole(path: Place, write: Callable[[IO[bytes]], None], reached: _Reached, what: str) -> None:
+    """Write a file under a temporary name, flush it to the disk, and rename it; `Remote.write_whole` if it is remote.
 
     Args:
         path: The final path of the file.
@@ -45,6 +48,9 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None], reached: _Reache
         reached: Called with a text at each point: ``"{what} begun"``, ``"{what} written"`` and ``"{what} renamed"``.
         what: The kind of the file, for those texts.
     """
+    if isinstance(path, Remote):
+        path.write_whole(write, reached, what)
+        return
     # In the same folder, since a rename between file systems is a copy; and under a name that no other process has.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
@@ -67,7 +73,7 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], None], reached: _Reache
     reached(f"{what} renamed")
 
 
-def point(folder: Path, pointer: str, name: str) -> None:
+def point(folder: Place, pointer: str, name: str) -> None:
     """Let a pointer of a folder name a checkpoint of the folder, or remove the pointer if the name is empty.
 
     Raises:
@@ -78,7 +84,7 @@ def point(folder: Path, pointer: str, name: str) -> None:
             (folder / pointer).unlink(missing_ok=True)
         elif name != target(folder, pointer):
             write_whole(folder / pointer, partial(_save_name, name), lambda point: None, pointer)
-    except OSError as error:
+    except (OSError, Unreachable) as error:
         wanted = f"name {name}" if name else "be removed"
         raise CheckpointError(
             f"The file {folder / pointer} must {wanted} before training continues from that checkpoint, and it cannot "
@@ -149,14 +155,14 @@ class Writer:
     def _write(
         self, contents: dict[str, Any] | None, request: CheckpointRequest, around: AbstractContextManager[None]
     ) -> None:
-        path = Path(request.path)
+        path = place(request.path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with around, spanning(self.clock, f"writes {path.name}", "checkpoint"):
                 if contents is not None:
                     self._complete(path, contents, request)
         except BaseException as error:  # any exception, since it would be lost with this thread
-            kept = target(path.parent, "latest")
+            kept = _latest(path.parent)
             still = f"The last complete one is {path.parent / kept}." if kept else "There is no earlier checkpoint."
             failure = CheckpointError(
                 f"The checkpoint {path} could not be written: {_cause(error)}. {still} Make room, or choose another "
@@ -166,13 +172,16 @@ class Writer:
             self._failure = failure
             self._mailbox.put(self._raise)
 
-    def _complete(self, path: Path, contents: dict[str, Any], request: CheckpointRequest) -> None:
+    def _complete(self, path: Place, contents: dict[str, Any], request: CheckpointRequest) -> None:
         """Write the file of a checkpoint, then the files that name it, and remove those that it replaces."""
-        check_owned(path.parent)
+        if isinstance(path, Path):
+            check_owned(path.parent)
         write_whole(path, partial(save, contents), self.reached, "checkpoint")
-        remove_shards(path, keep=contents.get("shards"))
+        if isinstance(path, Path):
+            remove_shards(path, keep=contents.get("shards"))
         if request.weights:
-            tensors = _weights(put_together(with_shards(contents, path, pieces=True)["model"]))
+            whole = with_shards(contents, path, pieces=True) if isinstance(path, Path) else contents
+            tensors = _weights(put_together(whole["model"]))
             beside = path.with_suffix(".safetensors")
             write_whole(beside, lambda file: _save_weights(tensors, file), self.reached, "weights")
         if contents["finite"]:
@@ -190,16 +199,26 @@ def _save_name(name: str, file: Any) -> None:
 
 
 class _Summed:
-    """A file that is open for writing, and the CRC-32 of all bytes that were written into it."""
+    """A file that is open for writing, and the CRC-32 of all bytes that were written into it.
+
+    The last two bytes are held back, so that they can be replaced in a file that nobody can go back in.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
         self.sum = 0
         self._file = file
+        self._held = b""
 
     def write(self, data: Any) -> int:
         """Write bytes."""
         self.sum = zlib.crc32(data, self.sum)
-        return self._file.write(data)
+        view = memoryview(data)
+        if len(view) < 2:
+            view, self._held = memoryview(self._held + bytes(view)), b""
+        self._file.write(self._held)
+        self._file.write(view[:-2])
+        self._held = bytes(view[-2:])
+        return len(data)
 
     def flush(self) -> None:
         """Pass the bytes to the operating system."""
@@ -210,18 +229,21 @@ def save(contents: Any, file: IO[bytes]) -> None:
     """Write plain values and tensors, and their checksum as the comment of the archive, after its length."""
     summed: Any = _Summed(file)  # torch needs `write` and `flush` of a file alone
     torch.save(contents, summed)
-    file.seek(-2, os.SEEK_END)
-    file.write(comment(summed.sum))
+    file.write(comment(summed.sum))  # instead of the last two bytes
 
 
 def _weights(model: Mapping[str, Mapping[str, Any]]) -> dict[str, torch.Tensor]:
     """Return the tensors of all models by name, each with its own memory, because safetensors refuses shared memory."""
-    return {
-        f"{name}.{key}" if name else key: value.contiguous().clone()
-        for name, state in model.items()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor)
-    }
+    found: dict[str, torch.Tensor] = {}
+    used: set[int] = set()
+    for name, state in model.items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                own = value.contiguous()
+                own = own.clone() if own.untyped_storage().data_ptr() in used else own  # only then: it may be large
+                used.add(own.untyped_storage().data_ptr())
+                found[f"{name}.{key}" if name else key] = own
+    return found
 
 
 def _save_weights(tensors: dict[str, torch.Tensor], file: Any) -> None:
@@ -230,7 +252,7 @@ def _save_weights(tensors: dict[str, torch.Tensor], file: Any) -> None:
     file.write(save(tensors))
 
 
-def _remove(folder: Path, names: tuple[str, ...]) -> None:
+def _remove(folder: Place, names: tuple[str, ...]) -> None:
     """Remove the checkpoints of these names and their weights, except those that a pointer names."""
     kept = {target(folder, pointer) for pointer in POINTERS}
     for name in names:
@@ -238,11 +260,20 @@ def _remove(folder: Path, names: tuple[str, ...]) -> None:
         if name not in kept and os.path.basename(name) == name:
             (folder / name).unlink(missing_ok=True)
             (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
-            remove_shards(folder / name)
+            if isinstance(folder, Path):
+                remove_shards(folder / name)
 
 
-def _warn(path: Path) -> None:
-    kept = target(path.parent, "latest")
+def _latest(folder: Place) -> str:
+    """Return the name of the latest checkpoint of a folder for a message; empty if there is none, or no answer."""
+    try:
+        return target(folder, "latest")
+    except Unreachable:
+        return ""
+
+
+def _warn(path: Place) -> None:
+    kept = _latest(path.parent)
     warnings.warn(
         f"The checkpoint {path} holds values that are not finite (a parameter that is trained, or the last loss), so "
         f"it does not become the latest; that is {kept or 'none'}.",

@@ -34,6 +34,7 @@ from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.files import save, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
 from flowtrain.training.checkpoint.reading import IN_PIECES, find_file
+from flowtrain.training.checkpoint.remote import Remote, place
 from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
@@ -143,6 +144,11 @@ class RankCheckpoints(Checkpoints):
             if self._world.main:
                 super()._write(contents, request)
             return
+        if isinstance(place(request.path), Remote):  # on all ranks alike, so none waits for another one
+            raise CheckpointError(
+                f"The checkpoint {request.path} is of a sharded model, of which each rank writes a part, and a remote "
+                f"folder takes no parts. Write Checkpointer(folder) with a folder that all ranks can write to."
+            )
         folder = shard_folder(Path(request.path), token)
         named = {**contents, "version": IN_PIECES, "shards": folder.name, "shard count": self._world.size}
         self.writer.submit(named if self._world.main else None, request, self._with_shards(folder, pieces))

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,7 @@ import torch
 
 from flowtrain.callback.view import POINTERS
 from flowtrain.errors import CheckpointError, UsageError, is_a
+from flowtrain.training.checkpoint.remote import Place, Remote, Unreachable, here, place
 from flowtrain.training.checkpoint.shard_files import put_together, with_shards
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "find_file",
     "load_weights",
     "number_of",
+    "own_version",
     "read",
     "real_folder",
     "target",
@@ -52,8 +55,20 @@ _ZIP_END, _END = b"PK\5\6", 22
 _BLOCK = 1 << 20
 
 
-def target(folder: Path, pointer: str) -> str:
-    """Return the name of the file that a pointer names, or an empty string if the folder has no such pointer."""
+def own_version() -> str:
+    """Return the version of flowtrain, ``"unknown"`` if it is not installed."""
+    try:
+        return version("flowtrain")
+    except PackageNotFoundError:  # run from a source tree
+        return "unknown"
+
+
+def target(folder: Place, pointer: str) -> str:
+    """Return the name of the file that a pointer names, or an empty string if the folder has no such pointer.
+
+    Raises:
+        Unreachable: The folder is remote, and the file system does not answer.
+    """
     try:
         return (folder / pointer).read_text("utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -61,11 +76,14 @@ def target(folder: Path, pointer: str) -> str:
 
 
 def real_folder(path: str | os.PathLike[str]) -> str:
-    """Return the folder that a file is in, or the folder itself, absolute and without symbolic links."""
-    return os.path.realpath(path) if os.path.isdir(path) else os.path.dirname(os.path.realpath(path))
+    """Return the folder that a file is in, or the folder itself: absolute, without symbolic links, or its address."""
+    found = place(path)
+    if isinstance(found, Remote):
+        return str(found if found.is_dir() else found.parent)
+    return os.path.realpath(found) if found.is_dir() else os.path.dirname(os.path.realpath(found))
 
 
-def find_file(path: str | os.PathLike[str]) -> Path:
+def find_file(path: str | os.PathLike[str]) -> Place:
     """Return the path of the checkpoint file that a user's path means.
 
     Args:
@@ -75,7 +93,7 @@ def find_file(path: str | os.PathLike[str]) -> Path:
     Raises:
         CheckpointError: The folder has no ``latest``, or the file does not exist.
     """
-    found = Path(path)
+    found = place(path)
     if found.is_dir():
         if not (found / "latest").is_file():
             kept = ", ".join(sorted(each.name for each in found.iterdir() if not each.name.startswith("."))[:5])
@@ -112,11 +130,15 @@ def read(path: str | os.PathLike[str], *, pieces: bool = False) -> dict[str, Any
         CheckpointError: The file is missing, damaged, no checkpoint, or of a version that this flowtrain cannot read;
             with a folder, there is no earlier checkpoint either.
     """
+    given = place(path)
     try:
-        return _read_file(find_file(path), pieces)
+        return _read_file(find_file(given), pieces)
+    except Unreachable:  # the checkpoint may be there, and whole
+        raise
     except CheckpointError as damaged:
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        if (not Path(path).is_dir() and Path(path).name != "latest") or not (folder / "latest").is_file():
+        whole = given.is_dir()
+        folder = given if whole else given.parent
+        if (not whole and given.name != "latest") or not (folder / "latest").is_file():
             raise
         for name in _before(folder, target(folder, "latest")):
             try:
@@ -137,7 +159,7 @@ def number_of(name: str) -> int | None:
     return int(re.sub(r"\D", "", name)) if found else None
 
 
-def _before(folder: Path, name: str) -> list[str]:
+def _before(folder: Place, name: str) -> list[str]:
     """Return the checkpoints of a folder that a `Checkpointer` wrote before one of them, from the newest to the oldest.
 
     Only one file within an epoch is kept, and the end of the epoch removes it. So such a file is newer than those of
@@ -160,13 +182,16 @@ def _before(folder: Path, name: str) -> list[str]:
     return sorted((each for each in found if not known(name) or age(each) < age(name)), key=age, reverse=True)
 
 
-def _read_file(file: Path, pieces: bool) -> dict[str, Any]:
+def _read_file(file: Place, pieces: bool) -> dict[str, Any]:
     try:
-        _check_sum(file)
-        with warnings.catch_warnings():  # torch 2.14 says that it checks sparse tensors, which can be slow
+        with here(file) as local, warnings.catch_warnings():
+            _check_sum(local)
+            # torch 2.14 says that it checks sparse tensors, which can be slow
             warnings.filterwarnings("ignore", "Validating sparse tensor invariants", UserWarning)
             # A file of others must not run code.
-            contents: Any = torch.load(file, map_location="cpu", weights_only=True)
+            contents: Any = torch.load(local, map_location="cpu", weights_only=True)
+    except Unreachable:
+        raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, IndexError, ...
         raise CheckpointError(
             f"{file} cannot be read as a checkpoint: {_first_line(error)}. It is truncated, damaged, or something "
@@ -184,6 +209,13 @@ def _read_file(file: Path, pieces: bool) -> dict[str, Any]:
             f"{file} has version {version} of the format, written by flowtrain {contents.get('flowtrain')}; "
             f"this one reads {VERSION} to {IN_PIECES}. Use the flowtrain that wrote it, or a later one."
         )
+    if isinstance(file, Remote):
+        if "shards" in contents:
+            raise CheckpointError(
+                f"The checkpoint {file} is of a sharded model, whose tensors are in the folder {contents['shards']} "
+                f"beside it. Copy both into a folder of this machine, and pass the file there."
+            )
+        return dict(contents)
     return with_shards(dict(contents), file, pieces=pieces, check=_check_sum)
 
 
@@ -206,7 +238,7 @@ def load_weights(path: str | os.PathLike[str], which: Literal["best", "latest"] 
         raise UsageError(f"load_weights({path!r}) takes the folder of a Checkpointer, or the path of a checkpoint.")
     if which not in POINTERS:
         raise UsageError(f"load_weights(which={which!r}): which is 'best' or 'latest'.")
-    found = Path(path)
+    found = place(path)
     if found.is_dir():
         if which == "best" and not target(found, "best") and target(found, "latest"):
             raise CheckpointError(
