@@ -312,7 +312,6 @@ class ReadOnlySeries(Series):
 
 for _name in Series.__slots__:  # the twin has no lists of its own, because `shorten` replaces those of the series
     setattr(ReadOnlySeries, _name, property(attrgetter(f"_of.{_name}")))
-del _name
 
 
 class SeriesMap(Container, Mapping[str, Series]):

@@ -14,6 +14,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -55,6 +56,7 @@ _ZIP_END, _END = b"PK\5\6", 22
 _BLOCK = 1 << 20
 
 
+@cache  # the metadata of a package is a file, which takes 1 ms to find and to parse
 def own_version() -> str:
     """Return the version of flowtrain, ``"unknown"`` if it is not installed."""
     try:

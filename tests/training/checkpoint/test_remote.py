@@ -66,9 +66,9 @@ class Failing(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
     def _strip_protocol(cls, path: str) -> str:
         return str(super()._strip_protocol(path.removeprefix("failing://")))
 
-    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+    def _open(self, path: str, mode: str = "rb", *more: Any, **options: Any) -> Any:
         if "r" in mode:
-            return super()._open(path, mode, **options)
+            return super()._open(path, mode, *more, **options)
         file = FailingFile(self, self._strip_protocol(path))
         if not self._intrans:
             file.commit()
@@ -79,10 +79,10 @@ class Failing(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
             raise Failing.answers
         return super().info(path, **options)
 
-    def cat_file(self, path: str, **options: Any) -> Any:
+    def cat_file(self, path: str, *more: Any, **options: Any) -> Any:
         if Failing.answers is not None:
             raise Failing.answers
-        return super().cat_file(path, **options)
+        return super().cat_file(path, *more, **options)
 
 
 fsspec.register_implementation("failing", Failing, clobber=True)
