@@ -137,7 +137,7 @@ class Checkpoints:
         self._waiting.clear()
 
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
-        files = ", ".join(Path(request.path).name for request in requests)
+        files = ", ".join(place(request.path).name for request in requests)
         with spanning(self.writer.clock, f"checkpoint {files}", "checkpoint"):
             self._begin(requests)
 
