@@ -15,7 +15,7 @@ from flowtrain.errors import CallbackError, LoggingError, UsageError, is_a, whol
 from flowtrain.graph.clock import Clock, Mark
 from flowtrain.logging.backend import identity
 from flowtrain.state import device_values
-from flowtrain.training.checkpoint.contents import own_version
+from flowtrain.training.checkpoint.reading import own_version
 from flowtrain.training.loop import Loop
 
 __all__ = ["Timeline", "timing"]
