@@ -61,8 +61,8 @@ class Callback:
         stops_at_nan: Whether the callback ends training when a loss is NaN. Where losses are read late, the core then
             lets no update change the parameters between the NaN and the end of training.
         renaming: A hint for messages about two series of one name: the code that renames those of this callback.
-        lasting: The entries of `state_dict` that count over the life of the learner. They and the conditions keep their
-            values when a fit ends with the weights of an earlier epoch, and `hold_judged` with the state of that epoch.
+        missing: What a user changes where the callback reads state that does not exist, for messages. By default a
+            message names the declaration, which a user cannot change in a bundled callback.
         ranks: The processes (*ranks*) that run the handlers, in a training of several: ``"every"`` one, or ``"main"``,
             the first one only. With ``None`` it is the main rank for a callback that writes nothing but resources, as
             a logger does, and every rank for all other callbacks.
@@ -88,7 +88,7 @@ class Callback:
     audited: ClassVar[bool] = True
     stops_at_nan: ClassVar[bool] = False
     renaming: ClassVar[str] = ""
-    lasting: ClassVar[tuple[str, ...]] = ()
+    missing: ClassVar[str] = ""
     ranks: Literal["every", "main"] | None = None
     agrees: ClassVar[bool] = False
     may_cancel: ClassVar[bool] = True

@@ -1,8 +1,8 @@
 """The bundled callbacks, built on the interface of `flowtrain.callback`: handlers, declared state, ``run_after``.
 
 A learner adds `Recorder`, `Metrics`, `StopOnNaNLoss`, `ProgressBar` and `MetricsPrinter` by default. Few callbacks look
-beyond the interface: `Metrics` reads the declarations of the other callbacks, and `SanityCheck`, `ModelSummary` and
-`SWA` read batches of a loader and leave its random state as it was.
+beyond the interface: `Metrics` reads the declarations of the other callbacks, `Checkpointer` the list of callbacks, and
+`SanityCheck`, `ModelSummary` and `SWA` read batches of a loader and leave its random state as it was.
 
 =======================================  =============================================================================
 concern                                  modules
@@ -16,7 +16,7 @@ logs                                     `log_metrics`, `log_traces`, `log_hyper
 weights and hyperparameters              `averaging` is the base of `ema` and `swa`; `freeze`, `scheduler`, with the
                                          package `schedules`
 the end of training, and its checkpoint  `early_stopping`, with the package `stopping`; `stop_on_nan_loss`,
-                                         `checkpointer`
+                                         `checkpointer`; `monitoring` finds the metric that a callback watches
 examination of a run                     `sanity_check`, `profiler`, `timeline`, `garbage_collect`
 callbacks of functions and callbacks     `custom`; `throttle` has `once`, `after`, `before` and
                                          `when` too

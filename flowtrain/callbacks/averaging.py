@@ -27,11 +27,11 @@ __all__ = ["Averaging"]
 class Averaging(Callback):
     """Base of the callbacks that average the weights, and validate with the averages.
 
-    A subclass says when it takes the weights in (`after_batch` and `after_epoch`, which call `take`), and how a weight
-    changes its average (`average`).
+    A subclass says after which updates or epochs it takes the weights in (`counts`), and how a weight changes its
+    average (`average`).
 
     Args:
-        model: The name of the model, if the learner has several.
+        model: The name of the model, if the learner has several; or of the part of the only model that is averaged.
 
     Attributes:
         averages: The averages by the name of the parameter; empty before the first.
@@ -41,6 +41,8 @@ class Averaging(Callback):
 
     first: ClassVar[str] = "fit a learner that has it first"
     """How to get averages, for the message of a callback that has none yet."""
+
+    missing = "Write model= only if the learner has several models, with the name of one of them."
 
     def __init__(self, model: str) -> None:
         kind = type(self).__name__
@@ -55,8 +57,9 @@ class Averaging(Callback):
         self._weights: dict[str, torch.Tensor] = {}  # the tensors of the model that are averaged
         self._kept: dict[str, torch.Tensor] | None = None  # the trained weights, while the model has the averages
         self._held = False  # the model has the averages outside of validation, since a checkpoint was loaded
-        self._due = False  # an update has changed the weights since `updated` was asked last
-        self._copied: list[str] = []  # the names of weights with infinities
+        self._applied = False  # the model has the averages outside of validation, within `applied`
+        self._due = False  # an update that counts has changed the weights since they were taken in last
+        self._copied_names: list[str] = []  # the names of weights with infinities
 
     # --- for subclasses
 
@@ -67,17 +70,12 @@ class Averaging(Callback):
             f"in place."
         )
 
-    def after_batch(self, learner: LearnerView) -> None:
-        """Take the weights in, if this batch has made an update that counts. Called if `by_update` is true."""
+    def counts(self, number: int) -> bool:
+        """Tell whether the weights are taken in after the update of this number of the learner, from 1.
 
-    def after_epoch(self, phase: Phase, learner: LearnerView, *, ended: bool) -> None:
-        """Take the weights in, if the training epoch counts, or its last accumulation group made an update.
-
-        Args:
-            phase: The phase.
-            learner: A view that can read the model.
-            ended: Whether the epoch was complete, and not ended by an error or a cancel of the fit.
+        If `by_update` is false, the number is that of a training epoch that has ended.
         """
+        return True
 
     def more_averaged(self, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the tensors of a model that are averaged in addition to its parameters, with their names."""
@@ -87,21 +85,16 @@ class Averaging(Callback):
         """Return further tensors of the model by name, each with its value while the model has the averages."""
         return {}
 
-    def found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
+    def models_found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
         """Take note of the averaged models, which training may change, each with the prefix of its names."""
 
     def prepare(self, learner: LearnerView) -> None:
         """Prepare the averages for a validation epoch, while the model has them."""
 
     @property
-    def alike(self) -> str:
+    def required_arguments(self) -> str:
         """The arguments that a callback must have to load the averages, as the end of a sentence."""
         return ""
-
-    def updated(self) -> bool:
-        """Tell whether the weights were updated since the last call."""
-        due, self._due = self._due, False
-        return due
 
     def take(self, learner: LearnerView) -> None:
         """Take the weights into the averages."""
@@ -111,9 +104,10 @@ class Averaging(Callback):
         else:
             averages = self._placed()
             with torch.no_grad():
-                for names in _alike({name: weight for name, weight in weights.items() if name not in self._copied}):
+                averaged = {name: weight for name, weight in weights.items() if name not in self._copied_names}
+                for names in _groups(averaged):
                     self.average([averages[name] for name in names], [weights[name].detach() for name in names])
-                for name in self._copied:
+                for name in self._copied_names:
                     averages[name].copy_(weights[name])
         self.taken += 1
 
@@ -130,6 +124,9 @@ class Averaging(Callback):
     def _reads(self) -> Access:
         return {f"model.{self.model}" if self.model else "model": Read()}
 
+    def _reads_at_end(self) -> Access:
+        return self._reads() if self.by_update else {**self._reads(), "cbstate.history": Read()}
+
     def resolve_conflict(self, other: Callback) -> Resolution | None:
         """Refuse another average of the same model: each would take the averages of the other for trained weights."""
         return Unresolvable() if isinstance(other, Averaging) else None
@@ -140,28 +137,35 @@ class Averaging(Callback):
 
     @on(UpdateEnd, access={}, enabled="by_update")
     def note_update(self, event: UpdateEnd, phase: Phase, learner: LearnerView) -> None:
-        """Note that this batch has changed the weights."""
-        self._due = True
+        """Note whether the weights count that this update has made."""
+        self._due = self._due or self.counts(learner.updates)
 
     @on(BatchEnd, AbstractTrainingPhase, access="_reads", enabled="by_update")
     def take_in(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Update the averages after a batch with an update."""
-        self.after_batch(learner)
+        self._take_due(learner)
 
-    @on(EpochEnd, AbstractTrainingPhase, access="_reads")
+    @on(EpochEnd, AbstractTrainingPhase, access="_reads_at_end")
     def take_in_last(self, event: EpochEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Update the averages after an epoch, or the update of an accumulation group that the epoch has not filled."""
-        self.after_epoch(phase, learner, ended=True)
+        if not self.by_update:
+            self._due = self.counts(learner.cbstate.history[phase].epochs)
+        self._take_due(learner)
 
     @on(EpochCancelled, AbstractTrainingPhase, access="_reads")
     def take_in_cancelled(self, event: EpochCancelled, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
         """Update the averages after the update of an accumulation group that the epoch has not filled."""
-        self.after_epoch(phase, learner, ended=False)
+        self._take_due(learner)
+
+    def _take_due(self, learner: LearnerView) -> None:
+        due, self._due = self._due, False
+        if due:
+            self.take(learner)
 
     def _start(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Make copies of these weights the averages, and find the weights with infinities, which are only copied."""
         self.averages = {name: weight.detach().clone() for name, weight in weights.items()}
-        self._copied = [name for name, weight in self.averages.items() if not weight.isfinite().all()]
+        self._copied_names = [name for name, weight in self.averages.items() if not weight.isfinite().all()]
 
     @on(EpochBegin, AbstractValidationPhase, access="prepares")
     def swap_in(self, event: EpochBegin, phase: AbstractValidationPhase, learner: LearnerView) -> None:
@@ -184,7 +188,10 @@ class Averaging(Callback):
 
     @on(FitEnd, access="prepares")
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Put the trained weights back, if a failure has prevented it at the end of the epoch."""
+        """Put the trained weights back, if a failure has prevented it at the end of the epoch.
+
+        Within `applied` the model gets the averages again, which training has changed.
+        """
         self._end_validation()
 
     @on(EpochBegin, AbstractTrainingPhase)
@@ -196,18 +203,22 @@ class Averaging(Callback):
     def applied(self) -> Generator[None]:
         """Give a context in which the model has the averages, to evaluate it or to save its state.
 
+        Evaluations and fits within the context leave the averages in the model.
+
         Raises:
             UsageError: No update has been made yet, so there are no averages.
         """
         if not self.averages:
             raise UsageError(f"{self.name or type(self).__name__} has no averages yet: {self.first}.")
-        inside = self._kept is not None
+        outer = self._applied or (self._kept is not None and not self._held)  # another such context, or validation
         try:
             self._put_averages()
+            self._applied = True
             yield
         finally:
-            if not inside:
-                self._put_back()
+            if not outer:
+                self._applied = False
+                self._end_validation()
 
     @contextmanager
     def at_rest(self) -> Generator[None]:
@@ -263,13 +274,16 @@ class Averaging(Callback):
             self._put_averages()
 
     def _end_validation(self) -> None:
-        if not self._held:
+        """Give the model the weights that it has outside of validation."""
+        if self._held or self._applied:
+            self._put_averages()
+        else:
             self._put_back()
 
     def _find(self, learner: LearnerView) -> dict[str, torch.Tensor]:
         """Find the averaged tensors of the model, which training may have replaced since the last call."""
         models = self.models(learner)
-        self.found(models)
+        self.models_found(models)
         self._weights = {
             prefix + name: weight
             for prefix, module in models
@@ -321,7 +335,7 @@ class Averaging(Callback):
                 found = f"shape {tuple(loaded[name].shape)}" if name in loaded else "nothing"
                 raise UsageError(
                     f"The state of {self.name or type(self).__name__} has {found} for {name!r}, of shape "
-                    f"{tuple(weight.shape)}. Load a state of the same model{self.alike}."
+                    f"{tuple(weight.shape)}. Load a state of the same model{self.required_arguments}."
                 )
 
 
@@ -331,7 +345,7 @@ def _copy(values: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor
             tensor.copy_(values[name])
 
 
-def _alike(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
+def _groups(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
     """Return the names of the weights in groups that torch averages in one call each.
 
     A group is of one device and dtype, and all of its weights are sharded over the ranks or none is.

@@ -22,8 +22,8 @@ from flowtrain.callback.conditions import Every, EverySeconds
 from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import POINTERS, LearnerView
-from flowtrain.callbacks.stopping.criterion import Mode, direction, several
-from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, is_type, whole_number
+from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, Mode, check_monitor, direction, value_of_epoch, watched_phase
+from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, whole_number
 from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.training.checkpoint.files import point
@@ -34,6 +34,8 @@ __all__ = ["Checkpointer", "latest_of"]
 
 _INTERRUPTED = "interrupted.ckpt"
 """The file of the checkpoint that an interrupt takes; any later checkpoint removes it."""
+
+_CALL = "Checkpointer(..."
 
 _START = "start.ckpt"
 """The file of the checkpoint at the beginning of a fit; any later checkpoint removes it."""
@@ -62,11 +64,13 @@ class Checkpointer(Callback):
             other run may write into it: that is noticed in folders of this machine alone.
         keep_top_k: How many of the best epochs to keep, beside the latest one; all by default. Without a monitor the
             newest epochs count as the best.
-        every: Write a checkpoint after the epochs whose number is a multiple of this.
+        every: Write a checkpoint after the epochs whose number is a multiple of this, or after the next epoch of the
+            phase if that one is not evaluated. The last epoch of a fit is written in any case.
         monitor: The metric that ranks epochs, by its name in ``cbstate.metrics_epoch``. For a metric with several
             values name one of these, as ``"F1.cat"``. ``None`` ranks no epochs.
         phase: The phase whose epochs are counted and ranked. By default the last phase in ``data`` that evaluates, or,
-            without such a phase, the last one that trains.
+            without such a phase, the last one that trains. If ``data`` has no phase of exactly this type, the last
+            phase of a subclass counts.
         mode: ``"min"`` if small values of the metric are good, ``"max"`` if large values are. Needed only for metrics
             that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
             ``Metric(f, mode=...)`` do.
@@ -95,6 +99,7 @@ class Checkpointer(Callback):
 
     ranks = "every"  # all ranks ask for the same checkpoints, each of which has a part of every rank
     may_checkpoint = True
+    missing = UNKNOWN_METRIC
 
     def __init__(
         self,
@@ -109,20 +114,13 @@ class Checkpointer(Callback):
         restore_best: bool = False,
         weights: Literal["safetensors"] | None = None,
     ) -> None:
-        if not is_a(folder, (str, os.PathLike)):
+        if not is_a(folder, (str, os.PathLike)) or not os.fspath(folder):
             raise UsageError(f"Checkpointer(folder={folder!r}): folder is a path, such as 'runs/a'.")
         if keep_top_k is not None:
             keep_top_k = whole_number("Checkpointer(): keep_top_k", keep_top_k)
         if every_steps is not None:
             every_steps = whole_number("Checkpointer(): every_steps", every_steps)
-        if monitor is not None and (not is_a(monitor, str) or not all(monitor.split("."))):
-            raise UsageError(f"Checkpointer(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
-        if phase is not None and not is_type(phase, Phase):
-            raise UsageError(f"Checkpointer(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
-        if mode not in ("min", "max", None):
-            raise UsageError(
-                f"Checkpointer(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
-            )
+        check_monitor("Checkpointer", "Loss" if monitor is None else monitor, Phase if phase is None else phase, mode)
         if not is_a(restore_best, bool):
             raise UsageError(f"Checkpointer(restore_best={restore_best!r}): restore_best is True or False.")
         if restore_best and monitor is None:
@@ -150,6 +148,7 @@ class Checkpointer(Callback):
         self._abandoned: list[str] = []  # these later files, to be removed with the next request
         self._removed: list[str] = []  # files that the newest one of an epoch removes after it is written
         self._damaged: list[str] = []  # files whose values are not finite, to be removed with the next request
+        self._left_out: tuple[int, float, int] | None = None  # the newest epoch: its number, rank and updates of before
 
     def _phase_type(self) -> type[Phase]:
         return self.phase or Phase
@@ -165,7 +164,7 @@ class Checkpointer(Callback):
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out whether small or large values of the metric are good."""
         if self.monitor is not None:
-            self._direction = direction("Checkpointer(...", self.monitor, self.mode, callbacks)
+            self._direction = direction(_CALL, self.monitor, self.mode, callbacks)
 
     @on(FitBegin, access={"callbacks": Read(), "data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
@@ -187,17 +186,10 @@ class Checkpointer(Callback):
                     f"other's. Give each of them a folder of its own."
                 )
         phases = list(learner.data)
-        wanted = self.phase or AbstractValidationPhase
-        found = [each for each in phases if isinstance(each, wanted)]
-        if self.phase is None and not found:
-            found = phases
-        exact = [each for each in found if type(each) is self.phase]
-        if not found:
-            raise UsageError(
-                f"{self.name} counts epochs of {wanted.__name__}, which the data does not have. The data has "
-                f"{', '.join(map(repr, phases))}. Write Checkpointer(..., phase={phases[-1]!r})."
-            )
-        self._watched = (exact or found)[-1]
+        if self.phase is not None:
+            self._watched = watched_phase(self.name, _CALL, self.phase, phases, last=True)
+        else:
+            self._watched = ([each for each in phases if isinstance(each, AbstractValidationPhase)] or phases)[-1]
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
         if self._went_back and writes:
             self._abandon()
@@ -212,22 +204,35 @@ class Checkpointer(Callback):
         if phase is not self._watched:
             return
         epoch = epoch_of(learner.cbstate.history, phase)
-        if epoch % self.every:
+        last = max(number_of(name) or 0 for name in (self._epoch_file, *(name for name, _ in self._files)))
+        if epoch % self.every and epoch // self.every == last // self.every:
+            self._left_out = epoch, self._rank(phase, learner), learner.updates
             return
+        self._left_out = None
+        self._request(epoch, self._rank(phase, learner), learner)
+
+    def _request(self, epoch: int, rank: float, learner: LearnerView) -> None:
         name = f"epoch-{epoch:04d}.ckpt"
-        decide = partial(self._take_epoch, name, self._rank(phase, learner))
-        judged = isinstance(phase, AbstractValidationPhase)
+        decide = partial(self._take_epoch, name, rank)
+        judged = isinstance(self._watched, AbstractValidationPhase)
         learner.request_checkpoint(self.folder / name, weights=self.weights, judged=judged, decide=decide)
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
-        """Request no more checkpoints, because no fit could resume from an evaluation outside of a fit.
+        """Request a checkpoint of the last epoch, if it was left out and no update has followed it.
 
-        With `restore_best`, request the weights of the best one.
+        Later ones are not requested, because no fit could resume from an evaluation outside of a fit. With
+        `restore_best`, request the weights of the best one.
         """
-        self._watched = None
-        if self.restore_best and self._best():
-            learner.request_weights(self.folder / self._best())
+        best = self._best()
+        if self._left_out is not None and event.complete and learner.updates == self._left_out[2]:
+            epoch, rank, _ = self._left_out
+            self._request(epoch, rank, learner)
+            # The pointer names the better of the two files, once the new one is written.
+            best = "best" if best else f"epoch-{epoch:04d}.ckpt" if rank < math.inf else ""
+        self._watched = self._left_out = None
+        if self.restore_best and best:
+            learner.request_weights(self.folder / best)
 
     @on(BatchEnd, AbstractTrainingPhase, access={"cbstate.history": Read()}, enabled="every_steps")
     def end_batch(self, event: BatchEnd, phase: AbstractTrainingPhase, learner: LearnerView) -> None:
@@ -347,25 +352,18 @@ class Checkpointer(Callback):
     def _rank(self, phase: Phase, learner: LearnerView) -> float:
         """Return the rank of the epoch that has ended: the smaller, the better.
 
+        An epoch without a value of its own is the worst.
+
         Raises:
-            UsageError: The metric was not recorded, though the epoch has complete batches.
+            UsageError: The metric was never recorded, though the epoch has complete batches.
         """
         if self.monitor is None:
             return -float(len(self._files) and 1 - self._files[-1][1])  # one less than the last: newer is better
-        metrics = learner.cbstate.metrics_epoch
-        series = metrics[phase].get(self.monitor)
-        if not series:
-            if not learner.cbstate.history[phase].steps_epoch:
-                return math.inf  # an epoch without a complete batch has no metric, and is the worst
-            others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
-            there = f"; it is recorded in {others}" if others else several(self.monitor, metrics[phase])
-            raise UsageError(
-                f"{self.name} ranks by {self.monitor!r} of {phase!r}, and nothing was recorded of it"
-                f"{there}. Give Metrics a metric that is computed in this "
-                f"phase, or write Checkpointer(..., phase=...), or monitor=None."
-            )
-        value = float(series.last()[1])
-        return math.inf if math.isnan(value) else value if self._direction == "min" else -value
+        cbstate = learner.cbstate
+        found = value_of_epoch(self.name, _CALL, self.monitor, phase, cbstate.metrics_epoch, cbstate.history)
+        if found is None or math.isnan(found[1]):
+            return math.inf
+        return found[1] if self._direction == "min" else -found[1]
 
     def _drop(self) -> list[str]:
         """Forget the files that are neither among the best nor the newest, and return their names for removal."""

@@ -12,12 +12,22 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, ValidationPhase
 from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.monitoring import (
+    UNKNOWN_METRIC,
+    Mode,
+    check_monitor,
+    direction,
+    not_recorded,
+    value_of_epoch,
+    watched_phase,
+)
 from flowtrain.callbacks.stopping.criteria import Patience
-from flowtrain.callbacks.stopping.criterion import Criterion, Disjunction, Mode, direction, several
-from flowtrain.errors import CancelFittingException, UsageError, is_a, is_type
-from flowtrain.state.by_phase import epoch_of
+from flowtrain.callbacks.stopping.criterion import Criterion, Disjunction
+from flowtrain.errors import CancelFittingException, UsageError, is_a, is_whole
 
 __all__ = ["EarlyStopping"]
+
+_CALL = "EarlyStopping(..."
 
 
 class EarlyStopping(Callback):
@@ -39,7 +49,8 @@ class EarlyStopping(Callback):
         patience: The number of epochs without an improvement that ends training: ``Patience(patience)``.
         monitor: The metric, by its name in ``cbstate.metrics_epoch``. For a metric with several values name one of
             these, as ``"F1.cat"``.
-        phase: The phase whose epochs are watched. If ``data`` has not this phase but one subclass, that is watched.
+        phase: The phase whose epochs are watched. If ``data`` has no phase of exactly this type, the only
+            phase of a subclass is watched.
         mode: ``"min"`` if small values of the metric are good, ``"max"`` if large values are. Needed only for metrics
             that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
             ``Metric(f, mode=...)`` do.
@@ -57,6 +68,7 @@ class EarlyStopping(Callback):
     """
 
     ranks = "main"
+    missing = UNKNOWN_METRIC
 
     def __init__(
         self,
@@ -71,13 +83,11 @@ class EarlyStopping(Callback):
             raise UsageError(
                 "EarlyStopping() has no criterion. Write EarlyStopping(patience=5) or EarlyStopping(GL())."
             )
-        if not is_a(monitor, str) or not all(monitor.split(".")):
-            raise UsageError(f"EarlyStopping(monitor={monitor!r}): monitor is the name of a metric, such as 'Loss'.")
-        if not is_type(phase, Phase):
-            raise UsageError(f"EarlyStopping(phase={phase!r}) is no phase type. Write phase=ValidationPhase.")
-        if mode not in ("min", "max", None):
+        check_monitor("EarlyStopping", monitor, phase, mode)
+        if patience is not None and not (is_whole(patience) and patience >= 1):
             raise UsageError(
-                f"EarlyStopping(mode={mode!r}): mode is 'min' if small values of {monitor} are good, otherwise 'max'."
+                f"EarlyStopping(patience={patience!r}): patience is a whole number, at least 1; with 1 the first epoch "
+                f"without an improvement ends training, as with 0 in Keras."
             )
         self.criterion = Disjunction(*map(_criterion, chosen))
         self.monitor = monitor
@@ -99,7 +109,7 @@ class EarlyStopping(Callback):
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out whether small or large values of the metric are good."""
-        self._direction = direction("EarlyStopping(...", self.monitor, self.mode, callbacks)
+        self._direction = direction(_CALL, self.monitor, self.mode, callbacks)
 
     @on(FitBegin, access={"data": Read()})
     def begin(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
@@ -107,9 +117,9 @@ class EarlyStopping(Callback):
         if self._ended and event.resumed:
             raise CancelFittingException(self._ended)
         phases = list(learner.data)
-        self._watched = self._find(self.phase, phases)
+        self._watched = watched_phase(self.name or "EarlyStopping", _CALL, self.phase, phases)
         if self.criterion.needs_training:
-            self._training = self._find(AbstractTrainingPhase, phases)
+            self._training = self._only_training(phases)
         if self._ended:
             self.criterion.reset()
             self._ended = ""
@@ -120,20 +130,16 @@ class EarlyStopping(Callback):
         """Give the value of the epoch to the criteria, and end training if one of them is met."""
         if phase is not self._watched:
             return
-        history, metrics = learner.cbstate.history, learner.cbstate.metrics_epoch
-        series = metrics[phase].get(self.monitor)
-        if not series:
-            if history[phase].steps_epoch:
-                raise self._not_recorded(metrics, phase)
-            return  # an epoch without a complete batch has no value
-        epoch, value = series.last()
-        if epoch != epoch_of(history, phase) or not history[phase].steps_epoch:
-            return  # the last value is of an earlier epoch
+        metrics, who = learner.cbstate.metrics_epoch, self.name or "EarlyStopping"
+        found = value_of_epoch(who, _CALL, self.monitor, phase, metrics, learner.cbstate.history)
+        if found is None:
+            return
+        epoch, value = found
         why = self.criterion.update(value, self._new_of_training(metrics))
         if why is not None:
             self._ended = (
-                f"{self.name or 'EarlyStopping'} ends training after epoch {epoch} of {phase!r}. {why}. "
-                f"{self.monitor} is {value:.6g}; {self._best(series)}."
+                f"{who} ends training after epoch {epoch} of {phase!r}. {why}. "
+                f"{self.monitor} is {value:.6g}; {self._best(metrics[phase][self.monitor])}."
             )
             raise CancelFittingException(self._ended)
 
@@ -163,7 +169,7 @@ class EarlyStopping(Callback):
             return []
         series = metrics[self._training].get(self.monitor)
         if not series:
-            raise self._not_recorded(metrics, self._training)
+            raise not_recorded(self.name or "EarlyStopping", _CALL, self.monitor, self._training, metrics)
         seen, self._seen = self._seen, len(series)
         values: list[float] = series.since(seen)
         return values
@@ -175,39 +181,20 @@ class EarlyStopping(Callback):
         epoch, best = (min if self._direction == "min" else max)(numbers, key=itemgetter(1))
         return f"its best value was {best:.6g}, in epoch {epoch}"
 
-    def _not_recorded(self, metrics: Any, phase: Phase) -> UsageError:
-        others = ", ".join(repr(other) for other in metrics if metrics[other].get(self.monitor))
-        there = f"; it is recorded in {others}" if others else several(self.monitor, metrics[phase])
-        return UsageError(
-            f"{self.name or 'EarlyStopping'} needs {self.monitor!r} of {phase!r}, and nothing was recorded by the end "
-            f"of its first epoch{there}. Give Metrics a metric that is computed in this phase. If it is recorded in "
-            f"every n-th epoch only, write throttle(EarlyStopping(...), EpochEnd, every=n)."
-        )
-
-    def _find(self, wanted: type[Phase], phases: Sequence[Phase]) -> Phase:
-        """Return the phase of exactly this type, or the only phase of a subclass.
-
-        Raises:
-            UsageError: There is no such phase, or there are several of subclasses.
-        """
-        fitting = [phase for phase in phases if isinstance(phase, wanted)]
-        exact = [phase for phase in fitting if type(phase) is wanted]
-        found = exact or fitting
+    def _only_training(self, phases: Sequence[Phase]) -> Phase:
+        found = [phase for phase in phases if isinstance(phase, AbstractTrainingPhase)]
         if len(found) == 1:
             return found[0]
-        listed = ", ".join(map(repr, phases)) or "nothing"
-        if wanted is self.phase:
-            missing = "and the data has several of that kind" if found else "which the data does not have"
-            raise UsageError(
-                f"{self.name or 'EarlyStopping'} watches {wanted.__name__}, {missing}. The data has {listed}. "
-                f"Write EarlyStopping(..., phase={phases[-1]!r})."
-            )
         raise UsageError(
-            f"{self.criterion!r} needs the values of one training phase, and the data has {listed}. "
-            f"Use a criterion without them, such as GL."
+            f"{self.criterion!r} needs the values of one training phase, and the data has "
+            f"{', '.join(map(repr, phases))}. Use a criterion without them, such as GL."
         )
 
 
 def _criterion(given: Any) -> Any:
     """Return the criterion; for a whole number, a `Patience`. `Disjunction` refuses any other value."""
+    if is_a(given, str):
+        raise UsageError(
+            f"EarlyStopping({given!r}): a metric is named by monitor=. Write EarlyStopping(patience=5, monitor='Loss')."
+        )
     return Patience(given) if is_a(given, Integral) else given

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from numbers import Real
 
 import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from flowtrain.callback.phases import Phase
-from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
 from flowtrain.errors import UsageError, is_a
 
@@ -49,7 +48,7 @@ class EMA(Averaging):
     Args:
         decay: The share of the average that is kept at each update, from 0 to below 1.
         buffers: Whether to average running statistics too.
-        model: The name of the model, if the learner has several.
+        model: The name of the model, if the learner has several; or of the part of the only model that is averaged.
 
     Raises:
         UsageError: `decay` is out of its range, or `model` is no name of a model.
@@ -68,7 +67,7 @@ class EMA(Averaging):
     """
 
     def __init__(self, decay: float = 0.999, *, buffers: bool = False, model: str = "") -> None:
-        if not is_a(decay, (int, float)) or not 0 <= decay < 1:
+        if not is_a(decay, Real) or is_a(decay, bool) or not 0 <= decay < 1:
             raise UsageError(f"EMA(decay={decay!r}): decay is at least 0 and below 1, such as 0.999.")
         super().__init__(model)
         self.decay = decay
@@ -78,15 +77,6 @@ class EMA(Averaging):
     def average(self, averages: list[torch.Tensor], weights: list[torch.Tensor]) -> None:
         """Change the averages by the weights, by torch's function."""
         self._average(averages, weights, 0)
-
-    def after_batch(self, learner: LearnerView) -> None:
-        """Take the weights in if this batch has made an update."""
-        if self.updated():
-            self.take(learner)
-
-    def after_epoch(self, phase: Phase, learner: LearnerView, *, ended: bool) -> None:
-        """Take the weights in if an update came after the last batch."""
-        self.after_batch(learner)
 
     def more_averaged(self, module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the running statistics of normalisation layers, with their names, if buffers are averaged."""
@@ -106,7 +96,7 @@ class EMA(Averaging):
             self.averages[name].copy_(average)
 
     @property
-    def alike(self) -> str:
+    def required_arguments(self) -> str:
         """The argument that a callback must have to load the averages, as the end of a sentence."""
         return f", made with buffers={self.buffers}"
 

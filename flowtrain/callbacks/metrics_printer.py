@@ -16,7 +16,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import EpochBegin, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.callbacks.terminal import CellOutput, console
+from flowtrain.callbacks.terminal import CellOutput, console, say
 from flowtrain.data.batch_size import samples_given
 from flowtrain.state.by_phase import epoch_of
 
@@ -88,16 +88,14 @@ class MetricsPrinter(Callback):
         rate = rate_text(given, seconds, learner.world_size)
         texts = [*(f"{name} {value}" for name, value in values.items()), _time_text(seconds), *rate]
         line = f"epoch {epochs:3}  {phase!r:16}  {'  '.join(texts)}"
-        # Names of metrics may hold brackets, which rich would read as markup. The line is not wrapped, so that a file
-        # of the output has one line for each epoch.
-        console().print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
     @on(FitEnd, access={"resource.terminal": Write()})
     def show_reason(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
         """Print the reason if a callback or an interrupt has ended the fit."""
         self._table = None
         if event.stopped:
-            console().print(event.stopped, markup=False, highlight=False, soft_wrap=True)
+            say(event.stopped)
 
 
 class _Table:

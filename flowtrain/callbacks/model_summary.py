@@ -20,7 +20,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import FitBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.callbacks.terminal import console, generator_kept
+from flowtrain.callbacks.terminal import generator_kept, say
 from flowtrain.data.nested import Attribute, items
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
 from flowtrain.errors import UsageError, is_a, whole_number
@@ -84,10 +84,10 @@ class ModelSummary(Callback):
         model, data = learner.model, learner.data
         if isinstance(model, torch.nn.Module):
             call, inputs = self._inputs(data)
-            console().print(str(_summarize(model, inputs, self.depth, call)), **_PLAIN)
+            say(str(_summarize(model, inputs, self.depth, call)))
             return
         for name in model:
-            console().print(f"{name}\n{summarize(model[name], depth=self.depth)}", **_PLAIN)
+            say(f"{name}\n{summarize(model[name], depth=self.depth)}")
 
     def _inputs(self, data: Any) -> tuple[Callable[..., Any], Any]:
         """Return the way in which the training phase calls the model, and the inputs, ``None`` without any."""
@@ -108,9 +108,6 @@ class ModelSummary(Callback):
 def _call(model: torch.nn.Module, inputs: Any) -> Any:
     """Call a model with one argument, as the bundled phases do."""
     return model(inputs)
-
-
-_PLAIN: Mapping[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,9 @@ from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, Epoc
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.metrics_printer import MetricsPrinter, number_text, rate_text
-from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for
+from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for, say
 from flowtrain.data.batch_size import samples_given
+from flowtrain.data.loaders import length
 from flowtrain.errors import UsageError, is_a
 from flowtrain.state.by_phase import Counts, epoch_of
 from flowtrain.state.device_values import Reading
@@ -65,7 +67,7 @@ class ProgressBar(Callback):
 
     def __init__(self, redraw: float = 0.2, report: float = 60.0) -> None:
         for name, seconds, usual in (("redraw", redraw, 0.2), ("report", report, 60.0)):
-            if not is_a(seconds, (int, float)) or not seconds >= 0:
+            if not is_a(seconds, Real) or is_a(seconds, bool) or not seconds >= 0:
                 raise UsageError(
                     f"ProgressBar({name}={seconds!r}): {name} is a number of seconds, at least 0, such as {usual}."
                 )
@@ -119,7 +121,7 @@ class ProgressBar(Callback):
     @on(EpochBegin, access={"cbstate.history": Read(), "data": Read(), **_TERMINAL})
     def begin_epoch(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Begin a new bar on the same line."""
-        self._describe(phase, learner.cbstate.history, _length(learner.data.get(phase)))
+        self._describe(phase, learner.cbstate.history, length(learner.data.get(phase)))
         self._progress = None
         now = time.monotonic()
         self._begun = now, learner.cbstate.history[phase].steps
@@ -194,7 +196,7 @@ class ProgressBar(Callback):
         self._before.clear()
         self._close_epoch()
         if event.stopped and self._tells:
-            console().print(event.stopped, markup=False, highlight=False, soft_wrap=True)
+            say(event.stopped)
 
     def _describe(self, phase: Phase, history: Mapping[Phase, Counts], length: int | None) -> None:
         """Set the title of the bar of an epoch, the number that it counts, and the total."""
@@ -254,7 +256,7 @@ class ProgressBar(Callback):
         self._next = now + self.report
         total = f"/{self._total}" if self._total is not None else ""
         line = "  ".join([self._title, f"batch {done}{total}", *texts])
-        console().print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
 
     def _close_epoch(self) -> None:
         # A step outside of an epoch fires `BatchEnd` too, and has no bar: with this time no redraw is due at it.
@@ -265,10 +267,3 @@ class ProgressBar(Callback):
         if self._fit is None and self._line is not None:
             self._line.close()
             self._line = None
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except TypeError:
-        return None

@@ -1,7 +1,8 @@
 """Scheduler: set the hyperparameters of optimizers before each update, by schedules.
 
 A schedule without a length is *stretched*: it gets the length of the fit when the fit begins. So the number of planned
-updates and epochs, and the counts at the beginning of the fit, belong to the state in a checkpoint.
+updates and epochs, and the counts at the beginning of the fit, belong to the state in a checkpoint. Epochs are those of
+``cbstate.history``. Updates are counted here, because a batch in which several optimizers are updated counts once.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ from flowtrain.callback.events import BatchBegin, EpochEnd, FitBegin, FitEnd, Up
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.resolution import NoConflict, Resolution
 from flowtrain.callback.view import LearnerView
+from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, direction, value_of_epoch, watched_phase
 from flowtrain.callbacks.schedules.plateau import Plateau, ReduceOnPlateau
 from flowtrain.callbacks.schedules.schedule import Schedule, ScheduleLike, as_schedule
+<<<<<<< HEAD
 from flowtrain.callbacks.stopping.criterion import direction
 from flowtrain.errors import UsageError, is_a, whole_number
 from flowtrain.state.hyperparameters import Setting
+=======
+from flowtrain.errors import UsageError, is_a
+from flowtrain.state.by_phase import Counts
+from flowtrain.state.hyperparameters import HyperParameter, Setting
+>>>>>>> 14cbb62 (Silent wrong results of callbacks: applied() keeps the averages, phases of one name are refused, Checkpointer writes the last epoch of a fit, Scheduler and SWA count over the life of the learner, one module finds the watched metric, and no output ends training)
 
 __all__ = ["Scheduler"]
 
@@ -33,14 +41,17 @@ _EXAMPLE = "Scheduler({LearningRate: one_cycle(1e-3)})"
 class Scheduler(Callback):
     """Set hyperparameters before each update, and record them: ``cbstate.hyperparams["LearningRate"]``.
 
-    A schedule without a length is stretched over the updates of each fit (`flowtrain.callbacks.schedules`). Updates are
-    counted over the life of the learner. A batch in which several optimizers are updated counts once, and their
-    hyperparameters are set before the first of these updates. In the series the step is the number of the update.
+    A schedule without a length is stretched over the updates of each fit (`flowtrain.callbacks.schedules`). Updates and
+    epochs are counted over the life of the learner, also those before this callback was added. A batch in which several
+    optimizers are updated counts once, and their hyperparameters are set before the first of these updates; the updates
+    of several optimizers are counted over the life of this callback. In the series the step is the number of the
+    update.
 
     Writes ``optimizer.hyperparams`` (of the optimizer that a hyperparameter names) and the series of its
-    hyperparameters, at `UpdateBegin`. Reads the epoch metric that a `reduce_on_plateau` watches, so it runs after
-    `Metrics`. Costs a call of the schedule for each hyperparameter and update. Two schedulers with different
-    hyperparameters have no conflict; two for the same hyperparameter have.
+    hyperparameters, at `UpdateBegin`. Reads ``cbstate.history`` at `FitBegin`, and at `UpdateBegin` for a schedule of
+    epochs. For a `reduce_on_plateau` it reads ``data`` at `FitBegin`, and at `EpochEnd` the epoch metric and
+    ``cbstate.history``, so it runs after `Metrics` and `Recorder`. Costs a call of the schedule for each hyperparameter
+    and update. Two schedulers may set different hyperparameters; two for the same one are a conflict.
 
     Args:
         schedules: A number, a function of the update, a schedule, or `reduce_on_plateau` for each hyperparameter. The
@@ -49,9 +60,17 @@ class Scheduler(Callback):
             a long run; all by default. Older values are dropped once there are twice as many.
 
     Raises:
+<<<<<<< HEAD
         UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter, or `keep` is no number
             of values. At `FitBegin`: a schedule has no length, and the length of the fit is not known. At an update: a
             schedule returns no finite number, or one below the least value of the hyperparameter.
+=======
+        UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter. At `FitBegin`: a
+            schedule has no length, and the length of the fit is not known; or ``data`` has not the phase that a
+            `reduce_on_plateau` watches, or several of its subclasses. At an update: a schedule returns no finite
+            number, or one below the least value of the hyperparameter. At the end of an epoch: a watched metric is not
+            computed in that phase.
+>>>>>>> 14cbb62 (Silent wrong results of callbacks: applied() keeps the averages, phases of one name are refused, Checkpointer writes the last epoch of a fit, Scheduler and SWA count over the life of the learner, one module finds the watched metric, and no output ends training)
 
     >>> from flowtrain.callbacks import LearningRate, Momentum, one_cycle
     >>> Scheduler({LearningRate: one_cycle(1e-3), Momentum: one_cycle(0.85, start=0.95, end=0.95)})
@@ -59,6 +78,7 @@ class Scheduler(Callback):
     """
 
     may_cancel = False
+    missing = UNKNOWN_METRIC
 
     def __init__(self, schedules: Mapping[Any, ScheduleLike | ReduceOnPlateau], *, keep: int | None = None) -> None:
         self.schedules: dict[Setting, Schedule | ReduceOnPlateau] = {}
@@ -67,7 +87,7 @@ class Scheduler(Callback):
             raise UsageError(f"Scheduler({schedules!r}) takes schedules by hyperparameter: {_EXAMPLE}.")
         for key, given in schedules.items():
             setting: Any = key() if isinstance(key, type) else key
-            if not isinstance(setting, Setting):
+            if not isinstance(setting, Setting) or type(setting) in (Setting, HyperParameter):
                 raise UsageError(f"Scheduler got {key!r} where a hyperparameter belongs. Write {_EXAMPLE}.")
             for other in self.schedules:
                 if setting.overlaps(other):
@@ -82,7 +102,8 @@ class Scheduler(Callback):
         self._judging = dict(watching)  # the same with the mode of the metric, which `check_callbacks` finds
         self._plateaus = {name: plan.begin() for name, plan in watching}
         self._judged: dict[str, int] = {}  # by phase: how many updates the newest judged metric follows
-        self._epochs: dict[str, int] = {}  # by training phase
+        self._phases = {name: plan.phase for name, plan in watching}  # in a fit the type of the phase that is watched
+        self._several = any(getattr(each, "optimizer", "") for each in self.schedules)  # whether it names optimizers
         self._counted = False  # whether the update of this batch has been counted
         # Of the fit that runs, or of the last one: the planned updates and epochs, and the counts at its beginning.
         self._planned: tuple[int | None, int | None] = (None, None)
@@ -95,6 +116,8 @@ class Scheduler(Callback):
         access: dict[str, Any] = {}
         for setting in self.schedules:
             access |= {**setting.access(), f"cbstate.hyperparams.{setting.name}": Write()}
+        if any(isinstance(each, Schedule) and each.unit == "epoch" for each in self.schedules.values()):
+            access["cbstate.history"] = Read()
         return access
 
     def resolve_conflict(self, other: Callback) -> Resolution | None:
@@ -104,13 +127,15 @@ class Scheduler(Callback):
         shared = any(mine.overlaps(theirs) for mine in self.schedules for theirs in other.schedules)
         return None if shared else NoConflict()
 
-    def _by_epoch(self) -> bool:
-        """Tell whether any schedule depends on epochs, so that the ends of epochs are handled."""
-        by_number = (isinstance(each, Schedule) and each.unit == "epoch" for each in self.schedules.values())
-        return bool(self._watching) or any(by_number)
+    def _watches(self) -> bool:
+        return bool(self._watching)
 
-    def _watched(self) -> Access:
-        return {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
+    def _reads_at_begin(self) -> Access:
+        return {"cbstate.history": Read(optional=True), **({"data": Read()} if self._watching else {})}
+
+    def _reads_at_end(self) -> Access:
+        metrics: Access = {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
+        return {"cbstate.history": Read(), **metrics}
 
     def check_callbacks(self, callbacks: Sequence[Callback]) -> None:
         """Find out, for each watched metric, whether small or large values are good."""
@@ -128,15 +153,27 @@ class Scheduler(Callback):
                 first = schedule.value(1, 1_000_000) if schedule.is_open else schedule(1)
                 setting.prepare(learner, self._checked(setting, schedule, first))
 
-    @on(FitBegin, access={})
+    @on(FitBegin, access="_reads_at_begin")
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Stretch the schedules without a length over the fit."""
+        """Stretch the schedules without a length over the fit, and find the phases of the watched metrics."""
+        for name, plan in self._watching.items():
+            who, call = f"{self.name} with {plan!r}", f"reduce_on_plateau({plan.value}"
+            self._phases[name] = type(watched_phase(who, call, plan.phase, list(learner.data)))
+        trained: dict[Phase, Counts] = {
+            each: counts
+            for each, counts in (learner.cbstate.history or {}).items()
+            if isinstance(each, AbstractTrainingPhase)
+        }
+        epochs = {repr(each): counts.epochs for each, counts in trained.items()}
+        new = self._take_over(learner)
         if not event.resumed:
-            self._began = (self.updates, dict(self._epochs))
+            self._began = (self.updates, epochs)
+        elif new:
+            self._began = self._began_without(event, trained)
         before, self._planned, self._in_fit = self._planned, (event.updates, event.epochs), True
         self._stretch()
-        if event.resumed and not learner.rank:  # the main rank of several warns
-            self._warn_of_another_length(before)
+        if event.resumed and not new and not learner.rank:  # the main rank of several warns
+            self._warn_of_another_length(before, epochs)
         for setting, schedule in self._stretched.items():
             if isinstance(schedule, Schedule) and schedule.is_open:
                 why = "the fit counts steps" if schedule.unit == "epoch" else "a loader does not know how many it has"
@@ -161,33 +198,35 @@ class Scheduler(Callback):
         if self._counted:
             return
         self._counted = True
+        if not self.updates:
+            self._take_over(learner)
         self.updates += 1
         series = learner.cbstate.hyperparams
         for setting, schedule in self._stretched.items():
-            value = self._checked(setting, schedule, self._value(setting, schedule, phase))
+            value = self._checked(setting, schedule, self._value(setting, schedule, phase, learner))
             setting.set(learner, value)
             series.push(setting.name, value, self.updates)
             if self.keep is not None:
                 series[setting.name].shorten(self.keep)
 
-    @on(EpochEnd, access="_watched", enabled="_by_epoch")
+    @on(EpochEnd, access="_reads_at_end", enabled="_watches")
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
-        """Count a training epoch, and let the watched metrics change their hyperparameters."""
-        if isinstance(phase, AbstractTrainingPhase):
-            self._epochs[repr(phase)] = self._epochs.get(repr(phase), 0) + 1
+        """Let the watched metrics change their hyperparameters."""
         if self._judged.get(repr(phase), 0) == self.updates:
             return  # another evaluation of the same parameters, as by validate(), does not count as an epoch
         self._judged[repr(phase)] = self.updates
+        metrics, history = learner.cbstate.metrics_epoch, learner.cbstate.history
         for name, plan in self._judging.items():
-            if isinstance(phase, plan.phase):
-                series = learner.cbstate.metrics_epoch[phase][plan.monitor]
-                self._plateaus[name] = plan.after(self._plateaus[name], series.last()[1])
+            if type(phase) is self._phases[name]:
+                call = f"reduce_on_plateau({plan.value}"
+                found = value_of_epoch(self.name, call, plan.monitor, phase, metrics, history)
+                if found is not None:
+                    self._plateaus[name] = plan.after(self._plateaus[name], found[1])
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts, the planned length of the fit, and the state of each watched metric."""
         return {
             "updates": self.updates,
-            "epochs": dict(self._epochs),
             "planned": list(self._planned),
             "began": [self._began[0], dict(self._began[1])],
             "judged": dict(self._judged),
@@ -197,7 +236,6 @@ class Scheduler(Callback):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
         self.updates = state["updates"]
-        self._epochs = dict(state["epochs"])
         if not self._in_fit:  # a fit that resumes loads the state a second time, and may have another length than then
             self._planned = (state["planned"][0], state["planned"][1])
         self._began = (state["began"][0], dict(state["began"][1]))
@@ -216,8 +254,32 @@ class Scheduler(Callback):
                 planned = epochs if schedule.unit == "epoch" else updates
             self._stretched[setting] = schedule if planned is None else schedule.over(planned)  # type: ignore[union-attr]  # a Schedule
 
-    def _warn_of_another_length(self, before: tuple[int | None, int | None]) -> None:
-        """Warn, once for all schedules, if the interrupted fit was planned with another length than this one."""
+    def _take_over(self, learner: LearnerView) -> bool:
+        """Take over the updates that the learner has made before this callback; tell whether there are such updates."""
+        if self.updates or self._several or not learner.updates:
+            return False
+        self.updates = learner.updates
+        return True
+
+    def _began_without(self, event: FitBegin, trained: Mapping[Phase, Counts]) -> tuple[int, dict[str, int]]:
+        """Return the updates and epochs before a fit that resumes and that this callback was not in before.
+
+        The updates are computed: as many of those planned are made as there are complete epochs, or steps.
+        """
+        total = event.steps if event.epochs is None else event.epochs
+        counts = [each.steps if event.epochs is None else each.epochs for each in trained.values()]
+        if max(counts, default=0) <= event.done or not total or event.updates is None:
+            return 0, {}
+        made = round(event.updates * event.done / total)
+        return self.updates - made, {repr(each): max(counts.epochs - event.done, 0) for each, counts in trained.items()}
+
+    def _warn_of_another_length(self, before: tuple[int | None, int | None], epochs: Mapping[str, int]) -> None:
+        """Warn, once for all schedules, if the interrupted fit was planned with another length than this one.
+
+        Args:
+            before: The planned updates and epochs of the interrupted fit.
+            epochs: The epochs of each training phase.
+        """
         totals: dict[str, str] = {}
         jumps: list[str] = []
         for setting, schedule in self.schedules.items():
@@ -225,7 +287,7 @@ class Scheduler(Callback):
                 continue
             by_epoch = schedule.unit == "epoch"
             old, new = before[by_epoch], self._planned[by_epoch]
-            phases = self._epochs.items() if by_epoch else [("", self.updates)]
+            phases = epochs.items() if by_epoch else [("", self.updates)]
             began = self._began[1] if by_epoch else {"": self._began[0]}
             done = max((count - began.get(name, 0) for name, count in phases), default=0)
             if old is None or new is None or old == new or done >= new:
@@ -242,15 +304,17 @@ class Scheduler(Callback):
                 stacklevel=2,
             )
 
-    def _value(self, setting: Setting, schedule: Schedule | ReduceOnPlateau, phase: Phase) -> object:
+    def _value(
+        self, setting: Setting, schedule: Schedule | ReduceOnPlateau, phase: Phase, learner: LearnerView
+    ) -> object:
         """Return the value of a schedule for the coming update; a stretched schedule counts from the start of a fit."""
         if isinstance(schedule, ReduceOnPlateau):
             return self._plateaus[setting.name].value
         given = self.schedules[setting]
         restarts = isinstance(given, Schedule) and given.is_open
         if schedule.unit == "epoch":
-            name = repr(phase)
-            return schedule(self._epochs.get(name, 0) + 1 - (self._began[1].get(name, 0) if restarts else 0))
+            began = self._began[1].get(repr(phase), 0) if restarts else 0
+            return schedule(learner.cbstate.history[phase].epochs + 1 - began)
         return schedule(self.updates - (self._began[0] if restarts else 0))
 
     def _checked(self, setting: Setting, schedule: object, value: Any) -> float:

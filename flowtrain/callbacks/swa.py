@@ -24,6 +24,7 @@ from flowtrain.training.checkpoint.rng import restoring_loader
 __all__ = ["SWA"]
 
 _NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d, torch.nn.BatchNorm3d, torch.nn.SyncBatchNorm)
+_REMEDY = "Pass the batches to use: SWA(..., data=loader)"
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -33,8 +34,9 @@ class SWA(Averaging):
     The weights at the end of epoch `start_epoch` are the first average; those at the end of each `every`-th epoch after
     it count as much. With `start_update` updates are counted instead. This is torch's ``AveragedModel`` with
     ``get_swa_multi_avg_fn()``, bit for bit. Izmailov and others, "Averaging Weights Leads to Wider Optima and Better
-    Generalization", https://arxiv.org/abs/1803.05407. Epochs and updates are counted over the life of the learner. A
-    weight that contains an infinity, as a mask that is a frozen parameter does, is copied.
+    Generalization", https://arxiv.org/abs/1803.05407. Epochs and updates are counted over the life of the learner,
+    also those before this callback was added; of several optimizers each update counts. A weight that contains an
+    infinity, as a mask that is a frozen parameter does, is copied.
 
     The averages belong together with a learning rate that stays high from `start_epoch` on:
     ``Scheduler({LearningRate: per_epoch(swa_lr(cosine(0.1), 0.05, start=10, length=5))})``
@@ -51,10 +53,11 @@ class SWA(Averaging):
     A checkpoint that a `Checkpointer` takes after a validation epoch holds the averages and their statistics as
     ``model``, and what training continues with as ``trained``.
 
-    Reads ``model`` and ``data`` at `FitBegin`, and ``model`` at `EpochEnd` and `EpochCancelled` of training, with
-    `start_update` at `BatchEnd` too. Writes ``model`` at `EpochBegin` of training and of validation phases, at
-    `EpochEnd` and `EpochCancelled` of validation phases and at `FitEnd`, so it runs after callbacks that write the
-    model and before callbacks that read it. Where it renews statistics, at `EpochBegin` of validation phases and at
+    Reads ``model`` and ``data`` at `FitBegin`, and ``model`` at `EpochEnd` and `EpochCancelled` of training; with
+    `start_epoch` ``cbstate.history`` at that `EpochEnd` too, so it runs after `Recorder`, and with `start_update`
+    ``model`` at `BatchEnd`. Writes ``model`` at `EpochBegin` of training and of validation phases, at `EpochEnd` and
+    `EpochCancelled` of validation phases and at `FitEnd`, so it runs after callbacks that write the model and before
+    callbacks that read it. Where it renews statistics, at `EpochBegin` of validation phases and at
     `FitEnd`, it also reads ``data`` and declares the resource ``rng``. A learner has one average of a model, `SWA` or
     `EMA`. Costs the size of the weights in memory, a pass over them for each epoch that counts, and the passes over
     the data.
@@ -66,7 +69,7 @@ class SWA(Averaging):
         data: The batches for the statistics of BatchNorm, each the inputs of the model, or a tuple or list that begins
             with them; by default the training data, which must be a list or a ``DataLoader`` of a dataset with indices.
         batches: How many of these batches are used at most; all by default.
-        model: The name of the model, if the learner has several.
+        model: The name of the model, if the learner has several; or of the part of the only model that is averaged.
 
     Raises:
         UsageError: Both or neither of `start_epoch` and `start_update` are given, one of the numbers is not whole or
@@ -86,8 +89,7 @@ class SWA(Averaging):
     """
 
     first = "it begins with start_epoch or start_update, so fit for longer, or begin earlier"
-    lasting = ("counts",)
-    agrees = True  # what differs between ranks is the statistics alone, and `prepares` sends those of the main rank
+    agrees = True  # Only the statistics differ between ranks, and `prepares` sends those of the main rank.
 
     def __init__(
         self,
@@ -116,7 +118,6 @@ class SWA(Averaging):
                 f"Write data=DataLoader(dataset, batch_size=256)."
             )
         self.data = data
-        self._counts: dict[str, int] = {}  # by training phase: the epochs that have ended; by "": the updates
         self._average = get_swa_multi_avg_fn()
         self._norms: dict[str, Any] = {}  # the layers of BatchNorm by name
         self._resting: list[str] = []  # the names of the modules that were in eval mode in training
@@ -128,25 +129,16 @@ class SWA(Averaging):
         """Change the averages by the weights, by torch's function."""
         self._average(averages, weights, self.taken)
 
-    def after_batch(self, learner: LearnerView) -> None:
-        """Take the weights in if this batch has made an update that counts."""
-        if self.updated():
-            self._count("", learner)
+    def counts(self, number: int) -> bool:
+        """Tell whether the weights after this update or epoch are taken in."""
+        return number >= self.start and (number - self.start) % self.every == 0
 
-    def after_epoch(self, phase: Phase, learner: LearnerView, *, ended: bool) -> None:
-        """Take the weights in if this epoch counts, or an update that counts came after its last batch."""
-        if self.by_update:
-            self.after_batch(learner)
-        elif ended:
-            self._count(repr(phase), learner)
-
-    def _count(self, what: str, learner: LearnerView) -> None:
-        count = self._counts[what] = self._counts.get(what, 0) + 1
-        if count >= self.start and (count - self.start) % self.every == 0:
-            self.take(learner)
-            modules = (each for prefix, model in self.models(learner) for each in _named(prefix, model))
-            self._resting = [name for name, module in modules if not module.training]
-            self._statistics = {}
+    def take(self, learner: LearnerView) -> None:
+        """Take the weights into the averages, which have no statistics yet."""
+        super().take(learner)
+        modules = (each for prefix, model in self.models(learner) for each in _named(prefix, model))
+        self._resting = [name for name, module in modules if not module.training]
+        self._statistics = {}
 
     # --- the statistics of BatchNorm
 
@@ -158,7 +150,7 @@ class SWA(Averaging):
         sent: Access = dict.fromkeys(super().prepares(), Write(broadcast=True))
         return {**sent, "data": Read(), "resource.rng": Write()}
 
-    def found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
+    def models_found(self, models: list[tuple[str, torch.nn.Module]]) -> None:
         """Find the layers of BatchNorm."""
         named = (each for prefix, model in models for each in _named(prefix, model))
         self._norms = {
@@ -186,12 +178,9 @@ class SWA(Averaging):
     def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
         """Put the trained weights back, if a failure has prevented it, and renew the statistics of the averages."""
         super().end_fit(event, phase, learner)
-        if event.complete and self._kept is None and self.averages and self._norms and not self._statistics:
-            try:
-                self._put_averages()
+        if event.complete and self.averages and self._norms and not self._statistics:
+            with self.applied():
                 self.prepare(learner)
-            finally:
-                self._put_back()
 
     def prepare(self, learner: LearnerView) -> None:
         """Renew the statistics by a pass over the data, while the model has the averages."""
@@ -200,9 +189,13 @@ class SWA(Averaging):
             return
         [(_, model)] = self.models(learner)
         source, call = self._source(learner)
+        given = False
         with restoring_loader(source), torch.no_grad(), self._renewing(learner, norms):
             for raw in islice(source, self.batches):
                 call(model, on_device_of(raw, [model]))
+                given = True
+        if not given:  # the statistics are only reset now; those of training come back with the trained weights
+            raise self._unread("it gives no batch", _REMEDY)
         self._statistics = {name: buffer.clone() for name, (buffer, _) in self.more_shown().items()}
 
     @contextmanager
@@ -241,14 +234,13 @@ class SWA(Averaging):
             raise self._unread("the learner has several models", "Name one: SWA(..., model='gen')")
         if self.data is not None:
             return self.data, _call_first
-        remedy = "Pass the batches to use: SWA(..., data=loader)"
         for phase, loader in learner.data.items():
             if has_bundled_step(type(phase), AbstractTrainingPhase):
                 try:
                     return readable_copy(loader), partial(_call_split, phase)
                 except CannotLook as reason:
-                    raise self._unread(str(reason), remedy) from reason
-        raise self._unread("no training phase uses the bundled step, which would tell the inputs of the model", remedy)
+                    raise self._unread(str(reason), _REMEDY) from reason
+        raise self._unread("no training phase uses the bundled step, which would tell the inputs of the model", _REMEDY)
 
     def _unread(self, why: str, remedy: str) -> UsageError:
         return UsageError(
@@ -259,11 +251,10 @@ class SWA(Averaging):
     # --- checkpoints
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the averages, their number, their statistics, and the counts."""
+        """Return the averages, their number and their statistics."""
         return {
             **super().state_dict(),
             "taken": self.taken,
-            "counts": dict(self._counts),
             "resting": list(self._resting),
             "statistics": dict(self._statistics),
         }
@@ -280,7 +271,7 @@ class SWA(Averaging):
         except BaseException:
             self._statistics = statistics
             raise
-        self.taken, self._counts = state["taken"], dict(state["counts"])
+        self.taken = state["taken"]
         self._resting = list(state["resting"])
 
 

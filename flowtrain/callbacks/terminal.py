@@ -6,6 +6,8 @@ region that scrolls, as in package managers. So all output appears above the bar
 stream: a logging handler that was made earlier, a child process, half a line. rich's ``Live`` and tqdm handle only the
 streams that they replace: other output is written into the bar, half a line is lost or broken in two, and rich takes
 ``[/tmp]`` in half a line for markup and raises. In a notebook the bar has a `CellOutput`.
+
+Training does not depend on its output: where an output cannot be written, as on a full disk, a warning says so.
 """
 
 from __future__ import annotations
@@ -16,13 +18,20 @@ import importlib
 import io
 import os
 import random
+import warnings
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["BottomLine", "CellOutput", "console", "generator_kept", "place_for"]
+__all__ = ["BottomLine", "CellOutput", "console", "generator_kept", "place_for", "say"]
+
+_LINE = "\u2500"
+"""The line that rich draws under the titles of a table."""
+
+_failed: list[BaseException] = []
+"""The first failure of an output, about which the user was warned."""
 
 
 def console() -> Console:
@@ -31,6 +40,53 @@ def console() -> Console:
         import rich
 
         return rich.get_console()
+
+
+def say(text: str) -> None:
+    """Print a text as it is, without markup and line breaks, with "?" for characters that the output cannot write.
+
+    If nothing can be written, because the disk is full or the reader of a pipe has ended, a warning says so, once.
+    """
+    out = console()
+    encoding = _encoding(out)
+    try:
+        text.encode(encoding)
+    except UnicodeError:
+        text = text.replace(_LINE, "-").encode(encoding, "replace").decode(encoding)
+    with _may_fail(out):
+        # Names of metrics may hold brackets, which rich would read as markup. A line is not wrapped, so that a file of
+        # the output has one line for each epoch.
+        out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _encoding(out: Console) -> str:
+    # `Console.encoding` is that of UTF-8 for a console that writes to sys.stdout, whatever the encoding of sys.stdout.
+    return getattr(out.file, "encoding", None) or "utf-8"
+
+
+@contextlib.contextmanager
+def _may_fail(out: Console) -> Generator[None]:
+    """Give a context in which a failure to write ends the output and not the training."""
+    try:
+        yield
+    except (OSError, ValueError, SystemExit) as failure:
+        # Newer versions of rich answer a pipe without a reader with an exit of the program, after they have muted the
+        # console. A `ValueError` comes from a file that is closed.
+        exits = isinstance(failure, SystemExit) and not isinstance(failure.__context__, BrokenPipeError)
+        if exits or (isinstance(failure, ValueError) and not out.file.closed):
+            raise
+        # rich has kept the text, and would write it again before the next one. The end of a capture writes nothing,
+        # and may fail as this has.
+        with contextlib.suppress(OSError, ValueError, SystemExit), out.capture():
+            pass
+        if not _failed:
+            _failed.append(failure)
+            why = failure.__context__ if isinstance(failure, SystemExit) else failure
+            warnings.warn(
+                f"The output of flowtrain cannot be written ({type(why).__name__}: {why}). Training continues without.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
 
 @contextlib.contextmanager
@@ -109,8 +165,9 @@ class BottomLine:
         width, height = self.console.size
         with generator_kept():
             text = self._render(content(), width)
-        self._file.write(f"{self._reserve(width, height)}\x1b7\x1b[{height};1H\x1b[2K{text}\x1b8")
-        self._file.flush()
+        with _may_fail(self.console):
+            self._file.write(f"{self._reserve(width, height)}\x1b7\x1b[{height};1H\x1b[2K{text}\x1b8")
+            self._file.flush()
 
     def _reserve(self, width: int, height: int) -> str:
         """Return the control sequence that lets only the lines above the last one scroll; empty if they do already."""
@@ -125,7 +182,7 @@ class BottomLine:
     def _render(self, content: Any, width: int) -> str:
         from rich.console import Console
 
-        output = io.TextIOWrapper(io.BytesIO(), self.console.encoding, errors="replace", newline="")
+        output = io.TextIOWrapper(io.BytesIO(), _encoding(self.console), errors="replace", newline="")
         painter = Console(
             file=output,
             force_terminal=True,

@@ -205,6 +205,8 @@ def check_cbstate(nodes: Sequence[Node], cbstate: State, earlier: Collection[str
                 # The metric exists, and `Metrics` computes it for epochs only.
                 known, hint = f" {dotted(path[2:])} is computed at the end of an epoch.", ""
                 remedy = "For a value of each batch as well give Metrics a Metric(f, on_step=True)."
+            elif node.callback.missing:
+                remedy = node.callback.missing
             elif len(path) > 2 and provider == "Metrics" and not hint:
                 remedy = f"Give Metrics a metric of that name: Metrics(Metric(f, name={path[2]!r}))."
             raise MissingStateError(

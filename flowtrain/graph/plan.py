@@ -217,9 +217,11 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
     # A user who passed access= did not write `state_access`, so a refusal must not tell the user to edit that.
     if passed is not None:
         return Owner(node.name, type_name, "access=", access, passed=declare(passed, type_name), consumes=consumes)
+    remedy = node.callback.missing
     if handler is None or (handler.access is None and handler.function is None):
-        return Owner(node.name, type_name, "state_access", access, consumes=consumes)
-    return Owner(node.name, type_name, handler.attribute, access, handler.decorator(), consumes=consumes)
+        return Owner(node.name, type_name, "state_access", access, consumes=consumes, remedy=remedy)
+    decorator = handler.decorator()
+    return Owner(node.name, type_name, handler.attribute, access, decorator, consumes=consumes, remedy=remedy)
 
 
 def _consuming(call: Call, node: Node, draws: Draws) -> Call:

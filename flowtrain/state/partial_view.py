@@ -61,6 +61,7 @@ class Owner:
         passed: The declaration that the user passed to the callback as ``access=``, if there is one.
         consumes: Whether the view is for a handler of a deferrable callback, which sees detached tensors even where it
             runs in place.
+        remedy: What the user changes where a declared path does not exist; empty for a change of the declaration.
         exchanged: While the handler runs, the values of all ranks by the paths that it declares with ``reduce=`` or
             ``gather=``; ``None`` in one process, and in `Callback.setup`.
     """
@@ -72,6 +73,7 @@ class Owner:
     decorator: str = ""
     passed: Declaration | None = None
     consumes: bool = False
+    remedy: str = ""
     exchanged: dict[Path, Any] | None = field(default=None, compare=False)
 
     def of_all_ranks(self, path: Path, access: Read, find: Callable[[], Any]) -> Any:
@@ -161,10 +163,10 @@ class Owner:
             cause: The exception of the look-up; the text of a `MissingStateError` becomes part of the message.
         """
         reason = f" {cause}" if isinstance(cause, MissingStateError) else ""
+        declare = f'If that is expected, declare {{"{dotted(path)}": Read(optional=True)}} and handle None.'
         raise MissingStateError(
             dotted(path),
-            f"{self.callback} reads Learner.{dotted(path)}, and there is nothing.{reason} "
-            f'If that is expected, declare {{"{dotted(path)}": Read(optional=True)}} and handle None.',
+            f"{self.callback} reads Learner.{dotted(path)}, and there is nothing.{reason} {self.remedy or declare}",
         ) from cause
 
 

@@ -57,7 +57,8 @@ def loaders_by_phase(data: Any) -> PhaseMap[Any]:
             phases or phase types to loaders, in the order in which an epoch of each is run.
 
     Raises:
-        DataError: `data` is none of these, or one of the loaders is a tensor, a dataset, or empty.
+        DataError: `data` is none of these, two of the phases have one name, or one of the loaders is a tensor, a
+            dataset, or empty.
     """
     found: PhaseMap[Any] = PhaseMap("data")
     if data is None:
@@ -74,9 +75,27 @@ def loaders_by_phase(data: Any) -> PhaseMap[Any]:
     else:
         pairs = [(TrainingPhase(), data)]
     for phase, loader in pairs:
+        _check_name(phase, found)
         check_loader(loader, phase)
         found[phase] = loader
     return found
+
+
+def _check_name(phase: Phase, others: PhaseMap[Any]) -> None:
+    """Check that no other phase has the name of this one.
+
+    Raises:
+        DataError: Another phase has it, or the phase itself is among them.
+    """
+    if phase in others:
+        raise DataError(f"data has the phase {phase!r} twice: the type and its instance are the same key.")
+    for other in others:
+        if repr(other) == repr(phase):
+            raise DataError(
+                f"data has two phases with the name {phase!r}, of {type(other).__module__} and "
+                f"{type(phase).__module__}. Logs, checkpoints and conditions know a phase by its name: give one of "
+                f"them another name. If a cell of a notebook has defined the class again, build the learner again."
+            )
 
 
 def _is_loader(value: object) -> bool:

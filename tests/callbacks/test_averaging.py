@@ -142,6 +142,61 @@ def test_the_weights_come_back_whatever_fails(where: str, first: bool, error: ty
     assert torch.equal(learner.model.coeff, plain.model.coeff)
 
 
+def applied_learner(kind: str, folder: Path | None = None) -> tuple[Averaging, Learner]:
+    mean = AVERAGES[kind]()
+    keep = [] if folder is None else [Checkpointer(folder)]
+    learner = tiny_learner(mean, *keep, optimizer=SGD, n_batches=3)
+    learner.fit(2)
+    return mean, learner
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_within_applied_the_averages_stay_whatever_evaluates(kind: str) -> None:
+    mean, learner = applied_learner(kind)
+    trained, expected = learner.model.coeff.item(), mean.averages["coeff"].item()
+    assert trained != expected
+    with mean.applied():
+        for evaluate in (
+            lambda: learner.evaluate(tiny_batches()),
+            lambda: learner.validate(),
+            lambda: learner.predict([x for x, _ in tiny_batches()]),
+            lambda: learner.evaluate(tiny_batches()),
+        ):
+            evaluate()
+            assert learner.model.state_dict()["coeff"].item() == expected
+        with mean.applied():
+            learner.validate()
+        assert learner.model.coeff.item() == expected
+    assert learner.model.coeff.item() == trained
+
+
+@pytest.mark.parametrize("kind", AVERAGES)
+def test_a_fit_within_applied_is_the_fit(kind: str) -> None:
+    mean, learner = applied_learner(kind)
+    other, plain = applied_learner(kind)
+    plain.fit(2)
+    with mean.applied():
+        learner.fit(2)
+        assert learner.model.coeff.item() == mean.averages["coeff"].item() == other.averages["coeff"].item()
+    assert learner.model.coeff.item() == plain.model.coeff.item()
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_applied_after_a_load_that_shows_the_averages(trains: bool, tmp_path: Path) -> None:
+    mean, learner = applied_learner("EMA", tmp_path)
+    learner.load(tmp_path)
+    shown = learner.model.coeff.item()
+    other, plain = applied_learner("EMA", tmp_path / "plain")
+    with mean.applied():
+        learner.validate()
+        if trains:
+            learner.fit(1)
+            plain.fit(1)
+        assert learner.model.coeff.item() == mean.averages["coeff"].item()
+    assert learner.model.coeff.item() == (plain.model.coeff.item() if trains else shown)
+    assert mean.averages["coeff"].item() == other.averages["coeff"].item()
+
+
 def test_the_end_of_the_fit_restores_the_weights_if_the_end_of_the_epoch_could_not() -> None:
     """Rule 15: if an ancestor fails at EpochEnd, EMA is skipped there; its handler of FitEnd puts the weights back."""
 

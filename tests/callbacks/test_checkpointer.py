@@ -58,6 +58,8 @@ NAN = float("nan")
         ({"keep_top_k": 1}, [2, 2, 2, 2], ["1", "4"], "1"),
         ({"every": 2}, [1, 2, 3, 4], ["2", "4"], "2"),
         ({"every": 2, "keep_top_k": 1}, [1, 4, 3, 2], ["4"], "4"),
+        ({"every": 3}, [1, 2, 3, 4], ["3", "4"], "3"),
+        ({"every": 9}, [1, 2, 3, 4], ["4"], "4"),
     ],
 )
 def test_the_best_and_the_latest_stay(
@@ -85,6 +87,68 @@ def test_the_best_weights_come_back_when_the_fit_ends(
     assert load_weights(tmp_path, "latest")["coeff"] != plain.model.coeff or best == 4
     assert len(learner.cbstate.metrics_epoch[ValidationPhase]["Score"]) == 4, "only the weights are those of the best"
     assert learner.cbstate.history[TrainingPhase].epochs == 4
+
+
+@pytest.mark.parametrize(
+    ("every", "how", "kept"),
+    [
+        (2, {"epochs": 5, "validate_every": 3}, ["3", "5"]),
+        (5, {"steps": 12, "validate_every": 3}, ["4"]),
+        (2, {"steps": 12, "validate_every": 3}, ["2", "4"]),
+        (3, {"epochs": 9, "validate_every": 2}, ["4", "6", "9"]),
+        (10, {"epochs": 3}, ["3"]),
+    ],
+)
+def test_every_is_met_by_the_next_evaluation_and_the_last_epoch_is_written(
+    every: int, how: dict[str, Any], kept: list[str], tmp_path: Path
+) -> None:
+    keep = Checkpointer(tmp_path, every=every)
+    learner = tiny_learner(keep, n_batches=3)
+    learner.fit(**how)
+    assert (files(tmp_path), pointer(tmp_path, "latest")) == (kept, kept[-1])
+    assert torch.equal(load_weights(tmp_path, "latest")["coeff"], learner.model.coeff)
+    learner.validate()
+    assert files(tmp_path) == kept, "the validation is of no fit"
+
+
+@pytest.mark.parametrize(
+    ("every", "scores", "best"),
+    [(2, [3, 1, 2], 2), (2, [3, 2, 1], 3), (2, [1, 2, NAN], 2), (9, [3, 1, 2], 3), (9, [1, 2, NAN], 3)],
+)
+def test_the_last_epoch_may_be_the_best(every: int, scores: list[float], best: int, tmp_path: Path) -> None:
+    keep = Checkpointer(tmp_path, every=every, monitor="Score", mode="min", restore_best=True)
+    learner = tiny_learner(scored(*scores), keep, n_batches=1)
+    learner.fit(3)
+    plain = tiny_learner(n_batches=1)
+    plain.fit(best)
+    assert torch.equal(learner.model.coeff, plain.model.coeff)
+
+
+def test_a_fit_resumes_from_the_epoch_at_its_end(tmp_path: Path) -> None:
+    def make() -> Learner:
+        return tiny_learner(Checkpointer(tmp_path, every=2), n_batches=3)
+
+    make().fit(5)
+    resumed, whole = make(), tiny_learner(n_batches=3)
+    resumed.fit(8, resume=tmp_path)
+    whole.fit(8)
+    assert files(tmp_path) == ["2", "4", "5", "6", "8"]
+    assert torch.equal(resumed.model.coeff, whole.model.coeff)
+    assert list(resumed.cbstate.metrics_epoch[ValidationPhase]["Loss"]) == list(
+        whole.cbstate.metrics_epoch[ValidationPhase]["Loss"]
+    )
+
+
+def test_an_error_writes_no_epoch_that_was_left_out(tmp_path: Path) -> None:
+    class Fails(Callback):
+        @on(BatchEnd, TrainingPhase, access={"cbstate.history": Read()})
+        def fail(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            if learner.cbstate.history[phase].steps == 11:
+                raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        tiny_learner(Checkpointer(tmp_path, every=2), Fails(), n_batches=3).fit(5)
+    assert files(tmp_path) == ["2"]
 
 
 def test_the_best_weights_come_back_after_a_cancel_and_not_after_an_error(tmp_path: Path) -> None:
@@ -479,7 +543,7 @@ def test_an_unknown_monitor_names_those_there_are(tmp_path: Path) -> None:
         tiny_learner(Checkpointer(tmp_path, monitor="Los"))
     wrong = Checkpointer(tmp_path, monitor="Score", mode="min", phase=ValidationPhase)
     learner = tiny_learner(scored(*range(99), phase=TrainingPhase), wrong, n_batches=1)
-    with pytest.raises(UsageError, match=r"^Checkpointer ranks by 'Score' of ValidationPhase, and nothing .*; it is"):
+    with pytest.raises(UsageError, match=r"^Checkpointer needs 'Score' of ValidationPhase, and nothing .*; it is"):
         learner.fit(1)
 
 
@@ -501,13 +565,14 @@ def test_a_folder_that_cannot_be_written_stops_before_training(tmp_path: Path) -
 
 def test_a_phase_that_the_data_does_not_have(tmp_path: Path) -> None:
     learner = tiny_learner(Checkpointer(tmp_path, phase=OODPhase))
-    with pytest.raises(UsageError, match=r"^Checkpointer counts epochs of OODPhase, which the data does not have"):
+    with pytest.raises(UsageError, match=r"^Checkpointer watches OODPhase, which the data does not have"):
         learner.fit(1)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"folder": ""}, r"folder=''\): folder is a path, such as 'runs/a'\."),
         ({"folder": 3}, r"folder=3\): folder is a path, such as 'runs/a'\."),
         ({"keep_top_k": 0}, r"Checkpointer\(\): keep_top_k is a whole number, at least 1, got 0\."),
         ({"every_steps": True}, r"Checkpointer\(\): every_steps is a whole number, at least 1, got True\."),

@@ -46,7 +46,7 @@ from flowtrain.callbacks import (
     reduce_on_plateau,
     throttle,
 )
-from flowtrain.callbacks.stopping.criteria import GL, PQ, UP, InvalidValue, Never, NumberLimit, Patience, Threshold
+from flowtrain.callbacks.stopping import GL, PQ, UP, InvalidValue, Never, NumberLimit, Patience, Threshold
 from flowtrain.callbacks.stopping.criterion import Criterion, Warmup
 from flowtrain.errors import CallbackError, CheckpointError
 from flowtrain.graph.executor import Executor
@@ -328,9 +328,11 @@ def test_the_watched_values_fell_or_the_tests_above_show_nothing() -> None:
     [
         ((), {}, r"^EarlyStopping\(\) has no criterion\. Write EarlyStopping\(patience=5\) or"),
         ((0,), {}, r"^Patience\(\): n is a whole number, at least 1, got 0\."),
-        ((), {"patience": 2.5}, r"^2\.5 is no criterion\."),
+        ((2.5,), {}, r"^2\.5 is no criterion\."),
+        ((), {"patience": 2.5}, r"^EarlyStopping\(patience=2\.5\): patience is a whole number, at least 1; with 1"),
+        ((), {"patience": 0}, r"^EarlyStopping\(patience=0\): .* ends training, as with 0 in Keras\.$"),
         ((GL,), {}, r"^<class .*GL'> is no criterion.* Write GL\(\.\.\.\), an instance\."),
-        (("Loss",), {}, r"^'Loss' is no criterion"),
+        (("Loss",), {}, r"^EarlyStopping\('Loss'\): a metric is named by monitor=\. Write EarlyStopping\(patience=5,"),
         ((3,), {"monitor": "valid."}, r"^EarlyStopping\(monitor='valid\.'\): monitor is the name of a metric"),
         ((3,), {"monitor": ""}, r"^EarlyStopping\(monitor=''\)"),
         ((3,), {"phase": "valid"}, r"^EarlyStopping\(phase='valid'\) is no phase type\. Write phase=ValidationPhase\."),
@@ -365,8 +367,9 @@ def test_a_metric_of_another_phase_is_refused_at_the_end_of_the_first_epoch() ->
         learner.fit(3)
     assert str(refused.value) == (
         "EarlyStopping needs 'Score' of TrainingPhase, and nothing was recorded by the end of its first epoch; it is "
-        "recorded in ValidationPhase. Give Metrics a metric that is computed in this phase. If it is recorded in every "
-        "n-th epoch only, write throttle(EarlyStopping(...), EpochEnd, every=n)."
+        "recorded in ValidationPhase. Give Metrics a metric that is computed in this phase, or name another phase: "
+        "EarlyStopping(..., phase=...). If the metric is recorded in every n-th epoch only, write "
+        "throttle(EarlyStopping(...), EpochEnd, every=n)."
     )
     learner = learner_with(EarlyStopping(PQ(), monitor="Score", mode="min"))
     with pytest.raises(UsageError, match=r"^EarlyStopping needs 'Score' of TrainingPhase, and nothing was recorded"):

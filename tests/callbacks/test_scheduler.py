@@ -41,9 +41,11 @@ from flowtrain import (
 from flowtrain.callback.phases import StepContext
 from flowtrain.callbacks import (
     EMA,
+    Checkpointer,
     HyperParameter,
     LearningRate,
     Momentum,
+    Schedule,
     Scheduler,
     Setting,
     WeightDecay,
@@ -142,6 +144,68 @@ def test_other_schedules_count_over_the_life_of_the_learner() -> None:
     assert used.rates == [1 / n for n in range(1, 6)]
 
 
+def recorded(learner: Learner) -> list[tuple[int, float]]:
+    return list(learner.cbstate.hyperparams["LearningRate"])
+
+
+@pytest.mark.parametrize("schedule", [step(0.1, [6], 0.1), per_epoch(step(0.1, [2], 0.1))], ids=str)
+def test_a_scheduler_that_is_added_late_counts_the_life_of_the_learner(schedule: Schedule, tmp_path: Path) -> None:
+    whole = tiny_learner(Scheduler({LearningRate: schedule}), n_batches=4)
+    whole.fit(3)
+    rates = recorded(whole)
+    assert [rate for _, rate in rates][4:] == pytest.approx([0.1] * 2 + [0.01] * 6 if schedule.unit == "update" else
+                                                           [0.1] * 4 + [0.01] * 4)  # fmt: skip
+    replaced = tiny_learner(Scheduler({LearningRate: constant(0.2)}), n_batches=4)
+    replaced.fit(2)
+    replaced.replace_callback(Scheduler({LearningRate: schedule}))
+    replaced.fit(1)
+    assert recorded(replaced) == [(n, 0.2) for n in range(1, 9)] + rates[8:]
+    tiny_learner(Checkpointer(tmp_path), n_batches=4).fit(2)
+    resumed = tiny_learner(Scheduler({LearningRate: schedule}), Checkpointer(tmp_path), n_batches=4)
+    resumed.fit(3, resume=tmp_path)
+    assert recorded(resumed) == rates[8:]
+    stepped = tiny_learner(n_batches=4)
+    stepped.fit(2)
+    stepped.add_callback(Scheduler({LearningRate: schedule}))
+    stepped.step(TrainingPhase, tiny_batches()[0])
+    assert recorded(stepped) == rates[8:9]
+
+
+def test_epochs_are_counted_also_while_no_schedule_needs_them(tmp_path: Path) -> None:
+    tiny_learner(Scheduler({LearningRate: 0.1}), Checkpointer(tmp_path), n_batches=1).fit(3)
+    scheduler = Scheduler({LearningRate: per_epoch(step(0.1, [4], 0.1))})
+    learner = tiny_learner(scheduler, Checkpointer(tmp_path), n_batches=1)
+    learner.fit(8, resume=tmp_path)
+    assert [rate for _, rate in recorded(learner)] == pytest.approx([0.1] * 4 + [0.01] * 4)
+
+
+@pytest.mark.parametrize("schedule", [cosine(0.1), per_epoch(cosine(0.1))], ids=str)
+@pytest.mark.parametrize("before", [0, 2])
+@pytest.mark.parametrize("at", ["epoch", "batch"])
+def test_a_scheduler_that_is_added_at_a_resume_is_stretched_over_the_whole_fit(
+    schedule: Schedule, before: int, at: str, tmp_path: Path
+) -> None:
+    """The fit that resumes, in its second or third epoch, is the first or second one of the learner."""
+
+    def make(*callbacks: Callback) -> Learner:
+        learner = tiny_learner(*callbacks, n_batches=4)
+        if before:
+            learner.fit(before)
+        return learner
+
+    whole = make(Scheduler({LearningRate: schedule}))
+    whole.fit(4)
+    stop = StopAfter(before * 8 + (8 if at == "epoch" else 10), tmp_path / "cut.pt")
+    make(stop).fit(4)
+    learner = tiny_learner(Scheduler({LearningRate: schedule}), n_batches=4)
+    learner.fit(4, resume=tmp_path / "cut.pt")
+    done = before * 4 + (4 if at == "epoch" else 6)
+    assert [n for n, _ in recorded(learner)] == list(range(done + 1, before * 4 + 17))
+    if (before, at, schedule.unit) != (2, "batch", "update"):  # where an epoch is open, its updates are not known
+        assert recorded(learner) == recorded(whole)[done:]
+
+
+
 def test_per_epoch() -> None:
     used = Used()
     schedules = {LearningRate: per_epoch(step(0.1, every=2)), Momentum: per_epoch(cosine(0.8))}
@@ -221,6 +285,9 @@ def test_optimizers_by_name_keep_step() -> None:
     assert list(hyperparams["LearningRate.gen"]) == [(n, one_cycle(1.0, length=6)(n)) for n in range(1, 7)]
     assert list(hyperparams["LearningRate.disc"]) == [(n, n / 10) for n in range(1, 7)]
     assert learner.optimizer.disc.param_groups[0]["lr"] == 0.6
+    learner.replace_callback(Scheduler({LearningRate("disc"): lambda n: n / 10}))
+    learner.fit(1)
+    assert [n for n, _ in hyperparams["LearningRate.disc"]] == [*range(1, 7), 1, 2, 3], "a new callback counts anew"
 
 
 class Epsilon(HyperParameter):
@@ -409,7 +476,8 @@ def test_a_state_goes_on_exactly(stop_after: int) -> None:
     halves.remove_callback(Stop)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     halves.replace_callback(second)
-    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), untyped(SimpleNamespace(rank=0)))
+    view = SimpleNamespace(rank=0, updates=first.updates, cbstate=halves.cbstate, data=halves.data)
+    second.begin_fit(FitBegin(4, None, 16, resumed=True), Phase(), untyped(view))
     for _ in range(4 - stop_after):
         halves.epoch(TrainingPhase)
         halves.epoch(ValidationPhase)
@@ -432,7 +500,10 @@ def test_executors_agree() -> None:
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        (lambda: Scheduler({LearningRate: 0.2}), {"optimizer.hyperparams", "cbstate.hyperparams.LearningRate"}),
+        (
+            lambda: Scheduler({LearningRate: 0.2}),
+            {"optimizer.hyperparams", "cbstate.hyperparams.LearningRate", "cbstate.history"},
+        ),
         (
             lambda: Scheduler({LearningRate: reduce_on_plateau(0.2), Forcing: 0.3}),
             {
@@ -440,7 +511,9 @@ def test_executors_agree() -> None:
                 "cbstate.hyperparams.LearningRate",
                 "cbstate.hyperparams.Forcing",
                 "cbstate.forcing",
+                "cbstate.history",
                 "cbstate.metrics_epoch.Loss",
+                "data",
             },
         ),
     ],

@@ -432,7 +432,12 @@ def test_executors_agree() -> None:
 def test_declares_what_it_touches() -> None:
     learner = learner_of(SWA(1), strict=True)
     learner.fit(2)
-    assert {".".join(path) for path, _ in record_access(SWA(1)).union} <= {"model", "data", "resource.rng"}
+    assert {".".join(path) for path, _ in record_access(SWA(1)).union} <= {
+        "cbstate.history",
+        "data",
+        "model",
+        "resource.rng",
+    }
 
 
 # --- bad input
@@ -568,6 +573,50 @@ def test_a_state_of_another_model() -> None:
         "The state of SWA has nothing for 'coeff', of shape (). Load a state of the same model."
     )
     assert (swa.averages, swa.taken) == ({}, 0)
+
+
+@pytest.mark.parametrize(("arguments", "taken"), [({"start_epoch": 4}, 2), ({"start_update": 13}, 8)], ids=str)
+def test_a_callback_that_is_added_late_counts_the_life_of_the_learner(
+    arguments: dict[str, Any], taken: int, tmp_path: Path
+) -> None:
+    """The usual use: a run is resumed, or continued, and its last epochs are averaged."""
+    first = SWA(**arguments)
+    whole = tiny_learner(first, optimizer=SGD, n_batches=4)
+    whole.fit(5)
+    assert first.taken == taken
+    added = SWA(**arguments)
+    learner = tiny_learner(optimizer=SGD, n_batches=4)
+    learner.fit(3)
+    learner.add_callback(added)
+    learner.fit(2)
+    tiny_learner(Checkpointer(tmp_path), optimizer=SGD, n_batches=4).fit(3)
+    resumed = SWA(**arguments)
+    tiny_learner(Checkpointer(tmp_path), resumed, optimizer=SGD, n_batches=4).fit(5, resume=tmp_path)
+    for swa in (added, resumed):
+        assert swa.taken == taken
+        assert torch.equal(swa.averages["coeff"], first.averages["coeff"])
+
+
+def test_a_state_with_counts_of_its_own_is_loaded() -> None:
+    """Early checkpoints have the counts of the callback, which are those of the learner."""
+    swa, other = SWA(start_epoch=2), SWA(start_epoch=2)
+    tiny_learner(swa, n_batches=2).fit(3)
+    tiny_learner(other, n_batches=2)
+    other.load_state_dict({**swa.state_dict(), "counts": {"TrainingPhase": 3}})
+    assert other.taken == 2
+    assert torch.equal(other.averages["coeff"], swa.averages["coeff"])
+
+
+def test_data_without_a_batch_cannot_renew_the_statistics() -> None:
+    learner = learner_of(SWA(1, data=[]))
+    before = values_of(learner.model)
+    with pytest.raises(UsageError) as caught:
+        learner.fit(1)
+    assert str(caught.value) == (
+        "SWA renews the statistics of BatchNorm (2, 4) by a pass over the training data, and cannot: it gives no "
+        "batch. Pass the batches to use: SWA(..., data=loader)."
+    )
+    assert learner.model[2].num_batches_tracked == before["2.num_batches_tracked"] + 6, "those of training are back"
 
 
 def test_an_update_after_the_last_batch_counts() -> None:

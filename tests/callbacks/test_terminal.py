@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +102,45 @@ def test_in_a_notebook_the_bar_is_one_output_that_ends_empty() -> None:
     ]
     assert all("text/html" in each["data"] for each in shown[:-1])
     assert lines[-1] == ""
+
+
+TRAINING = """
+import sys
+from flowtrain.callbacks import Metric, ModelSummary, Metrics, ProgressBar
+from flowtrain.testing import tiny_learner
+named = Metrics(Metric(lambda outputs, targets: 0.5, name="Pr\u00e9cision"))
+learner = tiny_learner(ModelSummary(), named, ProgressBar(report=0), n_batches=2, default_callbacks=True)
+learner.fit(2)
+print(learner.cbstate.history, file=sys.stderr)
+"""
+COUNTS = "Counts(epochs=2, steps=4, steps_epoch=2, updates=4)"
+
+
+def test_characters_that_the_output_cannot_write() -> None:
+    environment = {**importing_the_same(), "PYTHONIOENCODING": "ascii"}
+    run = [sys.executable, "-c", TRAINING]
+    done = subprocess.run(run, env=environment, capture_output=True, encoding="ascii", timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Pr?cision 0.5" in done.stdout
+    assert "-----" in done.stdout, "the line below the titles of a table"
+    assert COUNTS in done.stderr
+
+
+FULL = "output = os.open('/dev/full', os.O_WRONLY)"
+NO_READER = "reader, output = os.pipe(); os.close(reader)"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no file that is always full")
+@pytest.mark.parametrize(
+    ("prepare", "error"),
+    [
+        (FULL + "; os.dup2(output, 1)", "OSError: [Errno 28] No space left on device"),
+        (NO_READER + "; os.dup2(output, 1)", "BrokenPipeError: [Errno 32] Broken pipe"),
+        ("sys.stdout.close()", "ValueError: I/O operation on closed file."),
+    ],
+    ids=["full", "no reader", "closed"],
+)
+def test_an_output_that_cannot_be_written(prepare: str, error: str, programs: Programs) -> None:
+    done = programs.run(f"import os, sys\n{prepare}\n{TRAINING}")
+    assert COUNTS in done.stderr
+    assert done.stderr.count(f"The output of flowtrain cannot be written ({error}). Training continues without.") == 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from flowtrain.callbacks.stopping.criterion import Criterion, Mode
+from flowtrain.callbacks.monitoring import Mode
+from flowtrain.callbacks.stopping.criterion import Criterion
 
 
 def stops_at(criterion: Criterion, values: Sequence[float], mode: Mode = "min") -> int | None:

@@ -45,7 +45,7 @@ from flowtrain.callbacks import (
     StopOnNaNLoss,
     one_cycle,
 )
-from flowtrain.callbacks.stopping.criteria import GL, Patience
+from flowtrain.callbacks.stopping import GL, Patience
 from flowtrain.testing import TinyModel, record_access, tiny_batches, tiny_learner
 from tests.support.fired import OODPhase
 from tests.support.untyped import untyped

@@ -244,6 +244,31 @@ def test_data_that_is_refused_at_once(data: Any, text: str) -> None:
     assert str(again.value) == text
 
 
+def _named(name: str, module: str) -> type[Phase]:
+    return type(name, (ValidationPhase,), {"__module__": module})
+
+
+def test_two_phases_of_one_name() -> None:
+    """Otherwise `fit` skips the second one, and logs, conditions and checkpoints mix the two."""
+    one, other, batches = _named("TestPhase", "app.a"), _named("TestPhase", "app.b"), tiny_batches()
+    text = (
+        "data has two phases with the name TestPhase, of app.a and app.b. Logs, checkpoints and conditions know a "
+        "phase by its name: give one of them another name. If a cell of a notebook has defined the class again, build "
+        "the learner again."
+    )
+    for refused in (
+        lambda: tiny_learner(data={TrainingPhase: batches, one: batches, other: batches}),
+        lambda: tiny_learner(data={one: batches}).evaluate(batches, other),
+        lambda: tiny_learner(data={one: batches}).epoch(other, batches),
+    ):
+        with pytest.raises(DataError) as raised:
+            refused()
+        assert str(raised.value) == text
+    with pytest.raises(DataError) as raised:
+        tiny_learner(data={TrainingPhase: batches, TrainingPhase(): batches})
+    assert str(raised.value) == "data has the phase TrainingPhase twice: the type and its instance are the same key."
+
+
 def test_data_for_a_direct_epoch_is_checked_alike() -> None:
     learner = learner_on(None)
     with pytest.raises(DataError, match=r"^The loader for OODPhase \(list\) gives no batch"):

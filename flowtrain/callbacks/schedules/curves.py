@@ -227,6 +227,12 @@ def from_torch(
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
     check_number("from_torch", "value", value)
+    if is_a(make, torch.optim.lr_scheduler.LRScheduler):
+        kind = type(make).__name__
+        raise UsageError(
+            f"from_torch() takes a function that makes the scheduler: from_torch(lambda optimizer: {kind}(optimizer, "
+            f"...), {value}); got a {kind}."
+        )
     # The optimizer needs a learning rate even if the schedule is of another entry; the key comes last, so it wins.
     settings: dict[str, Any] = {"lr": 1.0, key: value}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **settings)

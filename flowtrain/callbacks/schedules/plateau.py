@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from flowtrain.callback.phases import Phase, ValidationPhase
+from flowtrain.callbacks.monitoring import Mode, check_monitor, direction
 from flowtrain.callbacks.schedules.schedule import check_number
-from flowtrain.callbacks.stopping.criterion import Mode, direction
-from flowtrain.errors import UsageError, is_a, is_type, whole_number
+from flowtrain.errors import UsageError, whole_number
 
 __all__ = ["Plateau", "ReduceOnPlateau", "reduce_on_plateau"]
 
@@ -109,18 +109,20 @@ def reduce_on_plateau(
     A metric m is better than the best one b if ``m < b * (1 - threshold)``, or without `relative` if
     ``m < b - threshold``; with ``mode="max"`` if ``m > b * (1 + threshold)`` or ``m > b + threshold``. The same as
     torch's ``ReduceLROnPlateau``. It reads ``cbstate.metrics_epoch``, so it needs `Metrics`. Only the first evaluation
-    after an update counts as an epoch: a second one, as by ``learner.validate()``, has the same parameters.
+    after an update counts as an epoch: a second one, as by ``learner.validate()``, has the same parameters. An
+    evaluation without a complete batch does not count either.
 
     Args:
         value: The first value.
         monitor: The name of the metric.
-        phase: The phase that the metric is of, subclasses included.
+        phase: The phase that the metric is of. If ``data`` has no phase of exactly this type, the only phase of a
+            subclass is watched.
         mode: ``"min"`` if small values of the metric are good, ``"max"`` if large values are. Needed only for metrics
             that do not say it themselves; the loss, the metrics of `flowtrain.metrics`, torchmetrics objects and
             ``Metric(f, mode=...)`` do.
         factor: The factor that lowers the value, below 1.
         patience: The number of epochs without a better metric after which the value is not lowered yet.
-        threshold: The amount by which a metric must be better.
+        threshold: The amount by which a metric must be better, at least 0.
         relative: Whether the threshold is a share of the best metric.
         cooldown: The number of epochs after the value was lowered that do not count as bad.
         minimum: The least value.
@@ -141,10 +143,7 @@ def reduce_on_plateau(
         raise UsageError(f"reduce_on_plateau(factor={factor}): factor is above 0 and below 1, such as 0.1.")
     patience = whole_number("reduce_on_plateau(): patience", patience, least=0)
     cooldown = whole_number("reduce_on_plateau(): cooldown", cooldown, least=0)
-    if mode not in ("min", "max", None):
-        raise UsageError(f'reduce_on_plateau(mode={mode!r}): mode is "min" or "max".')
-    if not is_type(phase, Phase):
-        raise UsageError(f"reduce_on_plateau(phase={phase!r}): phase is a type of phase, such as ValidationPhase.")
-    if not is_a(monitor, str) or not all(monitor.split(".")):
-        raise UsageError(f'reduce_on_plateau(monitor={monitor!r}): monitor is the name of a metric, such as "Loss".')
+    if threshold < 0:  # every epoch would be better than the one before
+        raise UsageError(f"reduce_on_plateau(threshold={threshold!r}): threshold is at least 0, such as 1e-4.")
+    check_monitor("reduce_on_plateau", monitor, phase, mode)
     return ReduceOnPlateau(value, monitor, phase, mode, factor, patience, threshold, relative, cooldown, minimum)

@@ -1,7 +1,7 @@
 """A schedule: the value of a hyperparameter as a function of the number of the update.
 
 A schedule is any callable ``schedule(n) -> value``, where n is the number of the coming update, from 1. `Schedule` is a
-schedule that knows the code that makes it, for messages, and that can be stretched over the updates of a fit.
+schedule that knows the call that made it, for messages, and that can be stretched over the updates of a fit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Schedule:
     """A value for each update: ``schedule(n)``, where n is the number of the coming update, from 1.
 
     Attributes:
-        text: The code that makes the schedule, for messages.
+        text: The call that made the schedule, shortened, for messages.
         formula: A function of n and of the length, which returns the value.
         length: The number of updates that the formula is stretched over; ``None`` if it is not given, or not needed.
         stretched: Whether the formula depends on the length.
@@ -80,6 +80,12 @@ def as_schedule(given: ScheduleLike) -> Schedule:
         value: Any = given
         check_number("a schedule", "value", value)
         return Schedule(repr(value), lambda n, _: value)
+    if hasattr(given, "get_last_lr"):
+        kind = type(given).__name__
+        raise UsageError(
+            f"A schedule is a function schedule(n) of the coming update, from 1, or a number; got a {kind}, which "
+            f"torch makes for an optimizer. Write from_torch(lambda optimizer: {kind}(optimizer, ...), 0.1)."
+        )
     if not callable(given):
         raise UsageError(
             f"A schedule is a function schedule(n) of the coming update, from 1, or a number; got {given!r}. "

@@ -1,31 +1,4 @@
-"""Stopping criteria of Prechelt, "Early stopping - but when?", and of EarlyStopping.jl.
-
-====================  ==========================================================  ===========
-criterion             stops when                                                  in Prechelt
-====================  ==========================================================  ===========
-`GL`                  the value is worse than the best by some percent            GL_alpha
-`PQ`                  GL is large, compared with the progress of training         PQ_alpha
-`UP`                  the value has become worse some times in a row              UP_s
-`Patience`            there was no improvement for some epochs
-`NumberSinceBest`     the best value is some epochs old
-`NumberLimit`         some number of values have been given
-`Threshold`           the value is good enough
-`TimeLimit`           some time has passed
-`InvalidValue`        a value is NaN or infinite
-`Never`               never
-`Disjunction`         any of several criteria stops
-`Warmup`              another criterion stops, which does not see the first values
-====================  ==========================================================  ===========
-
-A criterion is given one value of each epoch (`Criterion.update`), by `flowtrain.callbacks.EarlyStopping` or by a
-user's own loop. "Worse" means larger, or smaller after ``Criterion.begin("max")``. NaN is worse than every number: it
-is never a best value or an improvement, even if it is the first value.
-
-Sources: L. Prechelt, "Early Stopping - But When?", in Neural Networks: Tricks of the Trade, 1998
-(https://doi.org/10.1007/3-540-49430-8_3), and https://github.com/JuliaAI/EarlyStopping.jl. Prechelt looks at the
-validation set after *strips* of k epochs, EarlyStopping.jl and these criteria after each; strips are
-``throttle(EarlyStopping(UP(3)), EpochEnd, every=k)``.
-"""
+"""The stopping criteria of EarlyStopping.jl, without those of Prechelt; `flowtrain.callbacks.stopping` has a table."""
 
 from __future__ import annotations
 
@@ -33,34 +6,14 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from numbers import Real
 from typing import Any, ClassVar
 
-from flowtrain.callbacks.stopping.criterion import (
-    Criterion,
-    Disjunction,
-    Mode,
-    Never,
-    Warmup,
-    check_positive,
-)
-from flowtrain.callbacks.stopping.prechelt import GL, PQ, UP
+from flowtrain.callbacks.monitoring import Mode
+from flowtrain.callbacks.stopping.criterion import Criterion, check_positive
 from flowtrain.errors import UsageError, is_a, whole_number
 
-__all__ = [
-    "GL",
-    "PQ",
-    "UP",
-    "Criterion",
-    "Disjunction",
-    "InvalidValue",
-    "Never",
-    "NumberLimit",
-    "NumberSinceBest",
-    "Patience",
-    "Threshold",
-    "TimeLimit",
-    "Warmup",
-]
+__all__ = ["InvalidValue", "NumberLimit", "NumberSinceBest", "Patience", "Threshold", "TimeLimit"]
 
 
 class Patience(Criterion):
@@ -88,7 +41,7 @@ class Patience(Criterion):
 
     def __init__(self, n: int = 5, min_delta: float = 0.0) -> None:
         self.n = whole_number(f"{type(self).__name__}(): n", n)
-        if isinstance(min_delta, bool) or not is_a(min_delta, (int, float)) or not 0 <= min_delta < math.inf:
+        if is_a(min_delta, bool) or not is_a(min_delta, Real) or not 0 <= min_delta < math.inf:
             raise UsageError(f"Patience(min_delta={min_delta!r}): min_delta is a number, at least 0, such as 0.001.")
         self.min_delta = min_delta
         super().__init__()
@@ -154,7 +107,7 @@ class NumberLimit(Criterion):
     def judge(self, loss: float, training: Sequence[float]) -> str | None:
         """Count the values."""
         self.count += 1
-        return f"this is value {self.count}" if self.count >= self.n else None
+        return f"{self.count} values were given" if self.count >= self.n else None
 
     def __repr__(self) -> str:
         return f"NumberLimit({self.n})"
@@ -173,7 +126,7 @@ class Threshold(Criterion):
     """
 
     def __init__(self, value: float = 0.0) -> None:
-        if isinstance(value, bool) or not is_a(value, (int, float)) or math.isnan(value):
+        if is_a(value, bool) or not is_a(value, Real) or math.isnan(value):
             raise UsageError(f"Threshold(value={value!r}): value is a number, such as 0.1.")
         self.value = value
         super().__init__()
@@ -188,11 +141,11 @@ class Threshold(Criterion):
 
 
 class TimeLimit(Criterion):
-    """Stop when more than some time has passed since the fit began, or without a fit since the first value.
+    """Stop when the fits have taken more than some time together; without a fit, the time since the first value.
 
-    The clock is read when a value is given, so at the end of an epoch. Only the time from the beginning of a fit to its
-    last value counts: the time between two fits does not, nor the time between a checkpoint and the fit that resumes
-    from it.
+    The clock is read when a value is given, so at the end of an epoch. The time between two fits does not count, nor
+    the time between a checkpoint and the fit that resumes from it. `EarlyStopping` counts from 0 again in the fit after
+    one that this criterion has ended.
 
     Source: ``TimeLimit`` of EarlyStopping.jl.
 

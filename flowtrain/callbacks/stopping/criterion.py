@@ -16,56 +16,20 @@ user's criterion names its state in ``initial``, and judges a value in ``judge``
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
+from flowtrain.callbacks.monitoring import Mode
 from flowtrain.errors import CheckpointError, UsageError, is_a, is_positive, whole_number
 
 __all__ = [
     "Criterion",
     "Disjunction",
-    "Mode",
     "Never",
     "Warmup",
     "check_positive",
-    "direction",
-    "several",
 ]
-
-Mode = Literal["min", "max"]
-
-
-def direction(call: str, monitor: str, mode: Mode | None, callbacks: Iterable[Any]) -> Mode:
-    """Return whether small or large values of a metric are good.
-
-    Args:
-        call: The call that watches the metric, without its end: ``"EarlyStopping(..."``.
-        monitor: The name of the metric, or of one of its values.
-        mode: The mode that the user gave, or ``None``.
-        callbacks: All callbacks of the learner. Each returns the modes of its metrics (`Callback.metric_modes`).
-
-    Raises:
-        UsageError: `mode` is ``None``, and no callback knows the mode of the metric.
-    """
-    metric = monitor.partition(".")[0]  # "F1.cat" is a value of the metric "F1"
-    known: Mode | None = "min" if monitor == "Loss" else None
-    for callback in callbacks:
-        modes = callback.metric_modes()
-        known = modes.get(monitor, modes.get(metric, known))
-    if mode is not None or known is not None:
-        return mode or known or "min"
-    raise UsageError(
-        f"{call}, monitor={monitor!r}) does not know whether large values of {monitor} are good or small ones. Write "
-        f'{call}, monitor={monitor!r}, mode="max") if large ones are, or mode="min" if small ones are; or say it where '
-        f'the metric is made: Metric(f, name={metric!r}, mode="max").'
-    )
-
-
-def several(monitor: str, series: Iterable[str]) -> str:
-    """Return a part of a message: the values of a metric that is recorded as several series; empty for others."""
-    names = [name for name in series if name.startswith(f"{monitor}.")]
-    return f"; {monitor} has several values: {', '.join(names)}. Write monitor={names[0]!r}" if names else ""
 
 
 class Criterion:

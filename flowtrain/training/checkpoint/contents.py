@@ -390,7 +390,7 @@ def load_callbacks(contents: Mapping[str, Any], callbacks: Iterable[Callback], *
         contents: The contents of the checkpoint.
         callbacks: The callbacks.
         of_weights: Whether the learner gets the weights of the checkpoint and stays at its own number of epochs. Then
-            conditions and the entries that `Callback.lasting` names keep their state.
+            conditions keep their state.
 
     Raises:
         CheckpointError: A callback refused its state.
@@ -435,10 +435,7 @@ def _load_module(module: Any, saved: Mapping[str, Any]) -> None:
 def _load_callback(callback: Callback, saved: Mapping[str, Any], of_weights: bool) -> None:
     conditions = () if of_weights else callback.conditions
     try:
-        state = saved["state"]
-        if of_weights:
-            state |= {name: value for name, value in callback.state_dict().items() if name in callback.lasting}
-        callback.load_state_dict(state)
+        callback.load_state_dict(saved["state"])
         if [type(condition).__name__ for condition in conditions] == [each["type"] for each in saved["conditions"]]:
             for condition, each in zip(conditions, saved["conditions"], strict=True):
                 condition.load_state_dict(each["state"])

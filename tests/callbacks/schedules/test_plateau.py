@@ -48,9 +48,13 @@ def test_it_is_torchs(
     [
         ({"factor": 1.0}, "reduce_on_plateau(factor=1.0): factor is above 0 and below 1, such as 0.1."),
         ({"patience": -1}, "reduce_on_plateau(): patience is a whole number, at least 0, got -1."),
-        ({"mode": "least"}, 'reduce_on_plateau(mode=\'least\'): mode is "min" or "max".'),
-        ({"phase": 3}, "reduce_on_plateau(phase=3): phase is a type of phase, such as ValidationPhase."),
-        ({"monitor": "a."}, "reduce_on_plateau(monitor='a.'): monitor is the name of a metric, such as \"Loss\"."),
+        (
+            {"mode": "least"},
+            "reduce_on_plateau(mode='least'): mode is 'min' if small values of Loss are good, otherwise 'max'.",
+        ),
+        ({"phase": 3}, "reduce_on_plateau(phase=3) is no phase type. Write phase=ValidationPhase."),
+        ({"monitor": "a."}, "reduce_on_plateau(monitor='a.'): monitor is the name of a metric, such as 'Loss'."),
+        ({"threshold": -1}, "reduce_on_plateau(threshold=-1): threshold is at least 0, such as 1e-4."),
         ({"value": math.nan}, "reduce_on_plateau(value=nan): value is a finite number, such as 0.1."),
     ],
 )

@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import flowtrain.callbacks.stopping.criteria
+import flowtrain.callbacks.stopping
 from flowtrain import UsageError
-from flowtrain.callbacks.stopping.criteria import (
+from flowtrain.callbacks.monitoring import Mode
+from flowtrain.callbacks.stopping import (
     UP,
     InvalidValue,
     NumberLimit,
@@ -23,7 +24,7 @@ from flowtrain.callbacks.stopping.criteria import (
     TimeLimit,
     Warmup,
 )
-from flowtrain.callbacks.stopping.criterion import Criterion, Mode
+from flowtrain.callbacks.stopping.criterion import Criterion
 from tests.support.clock import Clock
 from tests.support.criteria import stops_at
 
@@ -174,10 +175,8 @@ def test_every_criterion_has_a_state_that_goes_on_and_can_be_forgotten() -> None
 
 
 def test_the_table_names_every_criterion() -> None:
-    said = flowtrain.callbacks.stopping.criteria.__doc__ or ""
-    assert [name for name in flowtrain.callbacks.stopping.criteria.__all__ if f"`{name}`  " not in said] == [
-        "Criterion"
-    ]
+    said = flowtrain.callbacks.stopping.__doc__ or ""
+    assert [name for name in flowtrain.callbacks.stopping.__all__ if f"`{name}`  " not in said] == ["Criterion"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 
 from flowtrain import UsageError
-from flowtrain.callbacks.stopping.criteria import PQ, UP, InvalidValue, NumberLimit, NumberSinceBest, Threshold
+from flowtrain.callbacks.stopping import PQ, UP, InvalidValue, NumberLimit, NumberSinceBest, Threshold
 from flowtrain.callbacks.stopping.criterion import Criterion, Disjunction, Never, Warmup
 from flowtrain.errors import CheckpointError
 
@@ -60,11 +60,11 @@ def test_a_disjunction_stops_with_any_and_feeds_all() -> None:
     values = (3.0, 1.0, 1.0, 1.0, 1.0)
     assert [criterion.update(value) for value in values[:4]] == [None] * 4
     assert criterion.update(1.0) == (
-        "NumberSinceBest(3): no improvement on 1 for 3 epochs; NumberLimit(5): this is value 5"
+        "NumberSinceBest(3): no improvement on 1 for 3 epochs; NumberLimit(5): 5 values were given"
     )
     assert criterion.update(2.0) == (
         "UP(1): the value became worse 1 time in a row, from 1 to 2; "
-        "NumberSinceBest(3): no improvement on 1 for 4 epochs; NumberLimit(5): this is value 6"
+        "NumberSinceBest(3): no improvement on 1 for 4 epochs; NumberLimit(5): 6 values were given"
     )
 
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import UsageError
-from flowtrain.callbacks.stopping.criterion import Criterion, Mode
+from flowtrain.callbacks.monitoring import Mode
+from flowtrain.callbacks.stopping.criterion import Criterion
 from flowtrain.callbacks.stopping.prechelt import GL, PQ, UP
 from tests.support.criteria import stops_at
 
