@@ -23,15 +23,9 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, direction, value_of_epoch, watched_phase
 from flowtrain.callbacks.schedules.plateau import Plateau, ReduceOnPlateau
 from flowtrain.callbacks.schedules.schedule import Schedule, ScheduleLike, as_schedule
-<<<<<<< HEAD
-from flowtrain.callbacks.stopping.criterion import direction
 from flowtrain.errors import UsageError, is_a, whole_number
-from flowtrain.state.hyperparameters import Setting
-=======
-from flowtrain.errors import UsageError, is_a
 from flowtrain.state.by_phase import Counts
 from flowtrain.state.hyperparameters import HyperParameter, Setting
->>>>>>> 14cbb62 (Silent wrong results of callbacks: applied() keeps the averages, phases of one name are refused, Checkpointer writes the last epoch of a fit, Scheduler and SWA count over the life of the learner, one module finds the watched metric, and no output ends training)
 
 __all__ = ["Scheduler"]
 
@@ -60,17 +54,11 @@ class Scheduler(Callback):
             a long run; all by default. Older values are dropped once there are twice as many.
 
     Raises:
-<<<<<<< HEAD
         UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter, or `keep` is no number
-            of values. At `FitBegin`: a schedule has no length, and the length of the fit is not known. At an update: a
-            schedule returns no finite number, or one below the least value of the hyperparameter.
-=======
-        UsageError: `schedules` is no such mapping, or has two schedules for one hyperparameter. At `FitBegin`: a
-            schedule has no length, and the length of the fit is not known; or ``data`` has not the phase that a
-            `reduce_on_plateau` watches, or several of its subclasses. At an update: a schedule returns no finite
-            number, or one below the least value of the hyperparameter. At the end of an epoch: a watched metric is not
-            computed in that phase.
->>>>>>> 14cbb62 (Silent wrong results of callbacks: applied() keeps the averages, phases of one name are refused, Checkpointer writes the last epoch of a fit, Scheduler and SWA count over the life of the learner, one module finds the watched metric, and no output ends training)
+            of values. At `FitBegin`: a schedule has no length, and the length of the fit is not known; or ``data`` has
+            not the phase that a `reduce_on_plateau` watches, or several of its subclasses. At an update: a schedule
+            returns no finite number, or one below the least value of the hyperparameter. At the end of an epoch: a
+            watched metric is not computed in that phase.
 
     >>> from flowtrain.callbacks import LearningRate, Momentum, one_cycle
     >>> Scheduler({LearningRate: one_cycle(1e-3), Momentum: one_cycle(0.85, start=0.95, end=0.95)})
