@@ -11,11 +11,9 @@ for that runner. `DaskExecutor.compile` chooses the runner:
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, cast
 
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import Phase
@@ -25,26 +23,23 @@ from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.serial import SerialExecutor
 from flowtrain.state.learner_state import LearnerState
-from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks, Lanes
-from flowtrain_dask.deferred.placement import ConsumersOnly
-from flowtrain_dask.deferred.policy import Defer, Options, check_choice
+from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks
+from flowtrain_dask.deferred.in_place import ConsumersOnly
+from flowtrain_dask.deferred.plans import Placements
+from flowtrain_dask.deferred.preparing import Defer, Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.parallel.decision import Decision
 from flowtrain_dask.parallel.firing import POOL_CLOSED, StrandPool, TimedPlan
-from flowtrain_dask.parallel.strands import Strands, is_chain, needs_training_thread, pack
+from flowtrain_dask.parallel.strands import needs_training_thread
 from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
-from flowtrain_dask.snapshots.taker import Shared, sharing
+from flowtrain_dask.parallel.threads import cores
+from flowtrain_dask.route import Parallel, Route, assign_strands, key_of, why_serial
+from flowtrain_dask.snapshots.taker import forgetting_copies
 
-__all__ = [
-    "DaskExecutor",
-    "Parallel",
-    "Route",
-    "spread",
-    "why_serial",
-]
+__all__ = ["DaskExecutor"]
 
 
 class DaskExecutor:
@@ -105,7 +100,7 @@ class DaskExecutor:
             what = "DaskExecutor(): workers, of which the training thread is one,"
             workers = whole_number(what, workers, 1, ExecutorError)
         self._bounded = workers is not None
-        self._pool = StrandPool(_cores() if workers is None else workers)
+        self._pool = StrandPool(cores() if workers is None else workers)
         self._serial = SerialExecutor()
         self._site: Site | None = None
         self._consumers: ConsumersOnly | None = None
@@ -158,10 +153,10 @@ class DaskExecutor:
                 "DaskExecutor.compile() was called before bind(site). Pass the executor to Learner(executor=...), "
                 "which binds it, or call bind(site) first."
             )
-        lanes = self._use(self._site)
-        rewritten, shared = lanes.rewrite(plan)
-        route = self._make_route(rewritten, cast(Site, self._consumers), lanes.positions(plan))
-        route.original, route.shared, route.settled = plan, shared, lanes.are_settled(plan)
+        placements = self._use(self._site)
+        rewritten, shared = placements.rewrite(plan)
+        route = self._make_route(rewritten, cast(Site, self._consumers), placements.positions(plan))
+        route.original, route.shared, route.settled = plan, shared, placements.are_settled(plan)
         self._routes[plan.event_type, plan.phase_type] = route
         return self._wrapped(route, route.runner)
 
@@ -257,12 +252,12 @@ class DaskExecutor:
 
     # --- plans
 
-    def _use(self, site: Site) -> Lanes:
-        """Return the lanes for the callbacks of the loop, with which the runners refuse requests of these callbacks."""
-        lanes = self._deferred.use(site)
+    def _use(self, site: Site) -> Placements:
+        """Return the placements of the callbacks of the loop; the runners refuse requests of these callbacks."""
+        placements = self._deferred.use(site)
         if self._consumers is not None and self._deferred.defer == "auto":
-            self._consumers.names = lanes.names
-        return lanes
+            self._consumers.names = placements.names
+        return placements
 
     def _compile_stale(self) -> None:
         """Compile the plans again whose callbacks have moved, or are no longer timed."""
@@ -275,14 +270,16 @@ class DaskExecutor:
 
     def _make_route(self, plan: Plan, site: Site, deferred: frozenset[int]) -> Route:
         graph, serial = compile_plan(plan), self._serial.compile(plan)
-        main = needs_training_thread(plan) | deferred  # a snapshot node runs there, since one thread fills a lane
-        why = why_serial(plan, main, self.workers, self.parallel)
+        # Snapshot nodes run there too, since one thread fills a lane.
+        on_training_thread = needs_training_thread(plan) | deferred
+        why = why_serial(plan, on_training_thread, self.workers, self.parallel)
         if why:
             return Route(plan, graph, serial, why)
         timed = TimedPlan(plan, self._pool, site, serial)
-        pack = partial(spread, graph, self.workers, main, bounded=self._bounded)
+        pack = partial(assign_strands, graph, self.workers, on_training_thread, bounded=self._bounded)
         if self.parallel == "auto":
-            decision = Decision(timed, pack, partial(self._swap, plan), key=_key(plan, main, self.workers))
+            key = key_of(plan, on_training_thread, self.workers)
+            decision = Decision(timed, pack, partial(self._swap, plan), key=key)
             return Route(plan, graph, decision.first, "", decision=decision)
         strands = pack([1.0] * len(plan), ())  # nothing is measured, so every handler counts the same
         return Route(plan, graph, partial(timed.fire, strands), "parallel='always'", strands)
@@ -296,7 +293,7 @@ class DaskExecutor:
     def _wrapped(self, route: Route, runner: Runner) -> Runner:
         """Return a runner that also clears shared copies after a firing, and has plans measured and compiled again."""
         if route.shared is not None:
-            runner = sharing(runner, route.shared)
+            runner = forgetting_copies(runner, route.shared)
         if not route.settled:
             runner = self._measuring(runner)
         if not issubclass(route.plan.event_type, EpochBegin):
@@ -339,112 +336,3 @@ class DaskExecutor:
 
 def _closed(event: Event, phase: Phase) -> None:
     raise ExecutorError(POOL_CLOSED)
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # less than the machine has, in a container or under a batch system
-    return os.cpu_count() or 1
-
-
-def _key(plan: Plan, main: frozenset[int], workers: int) -> Hashable:
-    """Return a key that is equal for the plans of all learners with the same handlers in the same order."""
-    # Names and not types: the key outlives the learner.
-    kinds = [plan.event_type, plan.phase_type, *(type(each.callback) for each in plan.handlers)]
-    names = tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in kinds)
-    return names, tuple(each.handler.attribute for each in plan.handlers), plan.ancestors, main, workers
-
-
-Parallel: TypeAlias = Literal["auto", "always", "never"]
-"""When independent handlers run at the same time; see `DaskExecutor`."""
-
-
-@dataclass
-class Route:
-    """How one plan is run, and why.
-
-    Attributes:
-        plan: The plan that runs, with a snapshot node for each deferred handler.
-        graph: Its task graph.
-        runner: Its first runner.
-        reason: Why it has this runner; empty while a decision says it.
-        strands: Its strands, if it always runs in parallel.
-        decision: The decision between inline and parallel, if there is one.
-        original: The plan of the learner, without snapshot nodes.
-        shared: The copies that its snapshot nodes share in one firing, if any two share one.
-        settled: Whether no callback is measured to decide where it runs.
-    """
-
-    plan: Plan
-    graph: EventGraph
-    runner: Runner
-    reason: str
-    strands: Strands | None = None
-    decision: Decision | None = None
-    original: Plan | None = None
-    shared: Shared | None = None
-    settled: bool = True
-
-    def explain(self) -> str:
-        """Say in one line whether the plan runs inline or in parallel, on which strands, and why."""
-        made = self.decision
-        if made is None:
-            return _shown("inline" if self.strands is None else "parallel", self.reason, self.plan, self.strands)
-        return _shown(made.mode, made.reason, self.plan, made.strands if made.mode == "parallel" else None)
-
-
-def why_serial(plan: Plan, main: frozenset[int], workers: int, parallel: Parallel) -> str:
-    """Return why the serial executor must run a plan; empty if strands could run it.
-
-    Args:
-        plan: The plan.
-        main: The positions of the handlers that only the training thread may run.
-        workers: How many handlers can run at the same time.
-        parallel: The argument of the user.
-    """
-    if len(plan) == 1:
-        return "one handler"
-    if is_chain(plan):
-        return "one chain"
-    if any(planned.exchange is not None for planned in plan.handlers):
-        return "the ranks exchange values, all in the same order"
-    if plan.always:
-        return "every handler runs, even after an interrupt"
-    if len(main) == len(plan):
-        return "no handler may leave the training thread"
-    if plan.watched:
-        return "strict mode looks at the whole state around each handler"
-    if workers == 1:
-        return "one worker"
-    return "parallel='never'" if parallel == "never" else ""
-
-
-def spread(
-    graph: EventGraph,
-    workers: int,
-    main: frozenset[int],
-    costs: Sequence[float],
-    waiting: Collection[int] = (),
-    *,
-    bounded: bool = False,
-) -> Strands:
-    """Spread the handlers of a graph over strands by the seconds that each takes; `main` stay on the first strand.
-
-    Args:
-        graph: The graph.
-        workers: How many strands there may be for handlers that compute.
-        main: The positions that the training thread must run.
-        costs: The seconds that each handler takes.
-        waiting: The positions of the handlers that wait most of this time.
-        bounded: Whether there may be no more strands for these.
-    """
-    return pack(graph.before, costs, workers, main, () if bounded else waiting)
-
-
-def _shown(mode: str, reason: str, plan: Plan, strands: Strands | None) -> str:
-    text = f"{mode}: {reason}"
-    if strands is not None:
-        names = [", ".join(plan.handlers[position].node.name for position in strand) for strand in strands.strands]
-        text += f"; strands: {' | '.join(names)}"
-    return text

@@ -134,7 +134,7 @@ def test_rule_27_the_error_comes_at_the_next_batch_boundary(
 ) -> None:
     path = tmp_path / "log.jsonl"
     executor = make_executor()
-    known = Meanwhile(12, lambda: wait_for(lambda: executor.report().lanes[0].tally.last_error))
+    known = Meanwhile(12, lambda: wait_for(lambda: executor.report().lanes[0].counts.last_error))
     with tiny_learner(Logs(path, 8, fail), known, executor=executor) as learner:
         with pytest.raises(ValueError, match="no such colour") as caught:
             learner.fit(3)
@@ -176,7 +176,7 @@ def test_rule_27_with_warn_the_lane_retires_and_training_goes_on(
     assert log_steps(tmp_path / "failing.jsonl") == [1, 2, 3, 4, 5, 6, 7]
     assert log_steps(tmp_path / "other.jsonl") == list(range(1, 33))
     assert [lane.retired for lane in report.lanes] == [True, False]
-    assert report.lanes[0].tally.last_error == "ValueError: no such colour"
+    assert report.lanes[0].counts.last_error == "ValueError: no such colour"
     assert "flowtrain retires lane Logs, its callbacks see no more events: ValueError: no such colour" in caplog.text
 
 
@@ -395,9 +395,9 @@ def test_the_scheduler_dies_and_the_log_is_complete(
         learner.fit(3)
         [lane] = executor.report().lanes
     assert log_records(tmp_path / "deferred.jsonl") == log_records(tmp_path / "serial.jsonl")
-    assert lane.tally.local > 0
+    assert lane.counts.local > 0
     assert lane.where == f"thread ({mortal.address} was lost)"
-    assert f"the cluster was lost; {lane.tally.local} events were run in this process" in caplog.text
+    assert f"the cluster was lost; {lane.counts.local} events were run in this process" in caplog.text
 
 
 def test_the_scheduler_dies_and_that_is_an_error(mortal: Any, tmp_path: Path) -> None:

@@ -291,7 +291,7 @@ class Moves(Callback):
     def move(self, event: Event, phase: Phase, learner: LearnerView) -> None:
         site = self.executor._site
         assert site is not None
-        for placement in self.executor._deferred.use(site)._planned:
+        for placement in self.executor._deferred.use(site).placements:
             placement.mode, placement.anchor = "lane", None  # no race decides any more
             if self.random.random() < 0.5:
                 assert placement.move(self.random.random() < 0.5)

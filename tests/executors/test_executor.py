@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -40,8 +41,8 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite, tiny_batches, tiny_learner
 from flowtrain_dask import DaskExecutor, Parallel
-from flowtrain_dask.executor import Route, spread, why_serial
 from flowtrain_dask.parallel.task_graph import compile_plan
+from flowtrain_dask.route import Route, assign_strands, why_serial
 from tests.support.handlers import TIMEOUT, A, B, C, Does, nothing, own_threads
 
 
@@ -285,6 +286,38 @@ def test_it_says_on_which_strands_what_runs() -> None:
         assert executor.explain(plan) == "parallel: parallel='always'; strands: A, C | B"
 
 
+class Meets(Callback):
+    """Waits for the other callback of its kind, where that runs at the same time; otherwise it sleeps."""
+
+    meeting: ClassVar[threading.Barrier | None] = None
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.met = 0
+
+    @on(BatchEnd, TrainingPhase)
+    def meet(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        if Meets.meeting is None:
+            time.sleep(0.005)
+        else:
+            Meets.meeting.wait(TIMEOUT)
+            self.met += 1
+
+
+def test_the_first_event_of_a_short_fit_is_parallel_where_the_process_has_measured_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In a fit of one batch of another learner two handlers wait for each other, which inline would be for ever."""
+    with tiny_learner(Meets("a"), Meets("b"), n_batches=60, executor=DaskExecutor(workers=2)) as learner:
+        learner.fit(1)
+        assert "parallel: in a race it took" in learner.callbacks.explain()
+    monkeypatch.setattr(Meets, "meeting", threading.Barrier(2))
+    meets = Meets("a"), Meets("b")
+    with tiny_learner(*meets, n_batches=1, executor=DaskExecutor(workers=2)) as learner:
+        learner.fit(1)
+    assert [each.met for each in meets] == [1, 1]
+
+
 def test_strict_mode_runs_inline_because_it_watches_the_whole_state() -> None:
     """In parallel it would find the writes of one handler behind another."""
 
@@ -436,7 +469,7 @@ def test_why_a_plan_is_run_serially(
 
 def test_handlers_at_home_are_on_the_first_strand_and_the_line_names_all() -> None:
     plan = planned(Own("a"), Own("b"), Own("c", reads="a"))
-    strands = spread(compile_plan(plan), 2, frozenset({1}), [1.0, 1.0, 1.0])
+    strands = assign_strands(compile_plan(plan), 2, frozenset({1}), [1.0, 1.0, 1.0])
     assert 1 in strands.strands[0]
     route = Route(plan, compile_plan(plan), lambda event, phase: None, "parallel='always'", strands)
     assert route.explain() == "parallel: parallel='always'; strands: b | a, c"

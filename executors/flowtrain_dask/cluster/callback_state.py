@@ -1,7 +1,7 @@
 """The state of a lane's callbacks as bytes, and back.
 
 The attributes of each callback are sent. Three kinds of objects are not sent; the bytes refer to them by their position
-in a list that both sides have (`fixed_objects`):
+in a list that both sides have (`shared_objects`):
 
 - the callbacks themselves, so that an attribute may refer to its callback;
 - the logging backends that they hold, in whatever attribute: those of the training process write records, and their
@@ -25,7 +25,7 @@ from flowtrain.logging.backend import LoggerBackend
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job
 
-__all__ = ["build", "check_can_be_sent", "dump_job", "dump_state", "fixed_objects", "load_state"]
+__all__ = ["build", "check_can_be_sent", "dump_job", "dump_state", "load_state", "shared_objects"]
 
 
 def dump_job(job: Job, callbacks: Sequence[Callback]) -> bytes:
@@ -34,34 +34,34 @@ def dump_job(job: Job, callbacks: Sequence[Callback]) -> bytes:
 
 
 def build(blob: bytes) -> tuple[Job, list[Callback], list[object]]:
-    """Return the job, callbacks without any state, and their `fixed_objects`, from the bytes of `dump_job`."""
+    """Return the job, callbacks without any state, and their `shared_objects`, from the bytes of `dump_job`."""
     job, parts = loads(blob)
     # A backend in a class attribute exists twice here: the class was imported with one of its own, and a copy was sent
     # with the job. Handlers log to the one in the class, so the job must name that one.
     own = {backend.sink: backend for kind, _ in parts for backend in backends_of_type(kind)}
     job = replace(job, backends=tuple(tuple(own.get(one.sink, one) for one in held) for held in job.backends))
     callbacks = [kind.__new__(kind) for kind, _ in parts]
-    return job, callbacks, _fixed(job, callbacks, [conditions for _, conditions in parts])
+    return job, callbacks, _shared_objects(job, callbacks, [conditions for _, conditions in parts])
 
 
-def fixed_objects(job: Job, callbacks: Sequence[Callback]) -> list[object]:
+def shared_objects(job: Job, callbacks: Sequence[Callback]) -> list[object]:
     """Return the objects that are not sent with a state, in the order that `build` gives them on the worker."""
-    return _fixed(job, callbacks, [each.conditions for each in callbacks])
+    return _shared_objects(job, callbacks, [each.conditions for each in callbacks])
 
 
-def dump_state(callbacks: Sequence[Callback], fixed: Sequence[object]) -> bytes:
+def dump_state(callbacks: Sequence[Callback], shared: Sequence[object]) -> bytes:
     """Return the attributes of callbacks as bytes.
 
     Args:
         callbacks: The callbacks.
-        fixed: The objects that are not sent, see `fixed_objects`.
+        shared: The objects that are not sent, see `shared_objects`.
     """
-    return dumps([each.__getstate__() for each in callbacks], fixed)
+    return dumps([each.__getstate__() for each in callbacks], shared)
 
 
-def load_state(callbacks: Sequence[Callback], fixed: Sequence[object], blob: bytes) -> None:
+def load_state(callbacks: Sequence[Callback], shared: Sequence[object], blob: bytes) -> None:
     """Replace the attributes of callbacks by those from the bytes of `dump_state`."""
-    for callback, state in zip(callbacks, loads(blob, fixed), strict=True):
+    for callback, state in zip(callbacks, loads(blob, shared), strict=True):
         # Attributes are replaced before the others are removed, and never all removed first: the training thread may
         # read the name or the backends of the callback at the same time.
         before = set(vars(callback))
@@ -76,13 +76,13 @@ def check_can_be_sent(job: Job, callbacks: Sequence[Callback]) -> None:
     Raises:
         ExecutorError: A callback does not pickle. The text names it, and the attribute if one is to blame.
     """
-    fixed = fixed_objects(job, callbacks)
+    shared = shared_objects(job, callbacks)
     for name, callback, backends in zip(job.callbacks, callbacks, job.backends, strict=True):
         try:
-            dump_state([callback], fixed)
+            dump_state([callback], shared)
             dump_job(replace(job, backends=(backends,)), [callback])
         except Exception as error:  # objects of the user define how they pickle, so anything may be raised
-            what, error = _unpicklable_part(callback, backends, fixed, error)
+            what, error = _unpicklable_part(callback, backends, shared, error)
             raise ExecutorError(
                 f"{name} cannot be sent to another process: {what} does not pickle ({type(error).__name__}: {error}). "
                 f"Make it in a handler when it is first needed and leave it out in {type(callback).__name__}."
@@ -103,12 +103,12 @@ def _restore(callback: Callback, state: Any) -> set[str]:
     return set(attributes or {})
 
 
-def _fixed(job: Job, callbacks: Sequence[Callback], conditions: Sequence[Sequence[object]]) -> list[object]:
+def _shared_objects(job: Job, callbacks: Sequence[Callback], conditions: Sequence[Sequence[object]]) -> list[object]:
     return [*callbacks, *(each for several in (*job.backends, *conditions) for each in several)]
 
 
 def _unpicklable_part(
-    callback: Callback, backends: Sequence[LoggerBackend], fixed: Sequence[object], error: Exception
+    callback: Callback, backends: Sequence[LoggerBackend], shared: Sequence[object], error: Exception
 ) -> tuple[str, Exception]:
     """Return the words for the part of a callback that does not pickle, and the exception of that part."""
     for backend in backends:
@@ -118,7 +118,7 @@ def _unpicklable_part(
             return f"its backend {type(backend).__name__}", why
     for attribute, value in vars(callback).items():
         try:
-            dumps(value, fixed)
+            dumps(value, shared)
         except Exception as why:
             return f"its attribute {attribute!r}, a {type(value).__name__},", why
     return "its type", error

@@ -5,7 +5,7 @@ is still connected and only silent. So a call asks the scheduler about once a se
 task was heard of for some seconds, the task goes to another worker. A task is a pure function, so any number of workers
 may run it.
 
-Everything here runs on the lane's thread, and every wait has a limit.
+Everything here runs on the thread that works on the lane, and every wait has a limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +25,7 @@ from distributed.scheduler import KilledWorker
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.connect import Connection
 from flowtrain_dask.cluster.worker import Reply
-from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.transport import Abandoned
+from flowtrain_dask.lanes.transport import Abandoned, LaneContext
 
 __all__ = ["Calls", "ClusterLost", "Patience"]
 
@@ -81,37 +79,28 @@ class Calls:
         self._token = secrets.token_hex(3)  # the same run, resumed, must not get results of its earlier tasks
         self._number = 0
 
-    def make(
-        self,
-        blob: Callable[[bool], bytes],
-        worker: str,
-        gate: AbstractContextManager[Any],
-        closing: Callable[[], bool],
-        tally: Tally,
-    ) -> Reply:
+    def make(self, blob: Callable[[bool], bytes], worker: str, context: LaneContext) -> Reply:
         """Make one call and return its reply.
 
         Args:
             blob: Returns the pickled assignment; for ``True`` a complete one, which any worker can do.
             worker: The worker that gets the first attempt if it is still there; empty for any worker.
-            gate: Entered while the call is pickled and sent.
-            closing: Returns whether to give up.
-            tally: Counts restarts.
+            context: The context of the lane. Its gate is entered while the call is pickled and sent.
 
         Raises:
-            Abandoned: `closing` returned ``True``.
+            Abandoned: `LaneContext.is_stopped` returned ``True``.
             ClusterLost: The cluster is gone.
             ExecutorError: The call has failed on several workers, or the workers cannot import flowtrain.
         """
         call = _Call(self._connection, self._patience, f"{self._name}-{self._number}.{self._token}")
         self._number += 1
-        with gate:
+        with context.gate:
             call.submit(blob(False), [worker] if worker else None)
         while True:
             reply = call.look()
             if reply is not None:
                 return reply
-            if closing():
+            if context.is_stopped():
                 raise Abandoned
             if call.failures > self._patience.attempts:
                 raise ExecutorError(
@@ -120,8 +109,8 @@ class Calls:
                     f"(memory, a native library), look at the log of the workers."
                 )
             if call.can_be_submitted() and (elsewhere := call.workers_for_another()) is not None:
-                tally.restarts += 1
-                with gate:
+                context.counts.restarts += 1
+                with context.gate:
                     call.submit(blob(True), elsewhere)
             call.wait()
 
@@ -178,7 +167,7 @@ class _Call:
                 continue
             try:
                 blob: bytes = future.result(timeout=self._patience.answer)
-                reply: Reply = pickle.loads(blob)  # `process` has pickled it
+                reply: Reply = pickle.loads(blob)  # `run_assignment` has pickled it
                 return reply
             except ImportError as error:
                 raise ExecutorError(
@@ -277,9 +266,9 @@ class _Call:
 
 def _begin(blob: bytes) -> bytes:
     """Do an assignment. dask pickles this function and the bytes, and none of the types in the assignment."""
-    from flowtrain_dask.cluster.worker import process
+    from flowtrain_dask.cluster.worker import run_assignment
 
-    return process(blob)
+    return run_assignment(blob)
 
 
 # Pickled by value: the scheduler unpickles the function as well, and may not have flowtrain.

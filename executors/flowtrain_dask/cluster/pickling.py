@@ -34,26 +34,26 @@ from flowtrain_dask.snapshots.series import CutMap, CutPhases, Tail
 __all__ = ["ValuePickler", "dumps", "loads"]
 
 
-def dumps(value: object, fixed: Sequence[object] = ()) -> bytes:
+def dumps(value: object, shared: Sequence[object] = ()) -> bytes:
     """Return a value as bytes. They contain the code of ``__main__``, and the names of code in modules.
 
     Args:
         value: The value to pickle.
-        fixed: Objects that are not pickled: the bytes hold their position in this list.
+        shared: Objects that are not pickled: the bytes hold their position in this list.
     """
     file = io.BytesIO()
-    _StatePickler(file, fixed).dump(value)
+    _StatePickler(file, shared).dump(value)
     return file.getvalue()
 
 
-def loads(blob: bytes, fixed: Sequence[object] = ()) -> Any:
+def loads(blob: bytes, shared: Sequence[object] = ()) -> Any:
     """Return the value from the bytes of `dumps`.
 
     Args:
         blob: The bytes.
-        fixed: The objects of this process in the order of the list that `dumps` was given.
+        shared: The objects of this process in the order of the list that `dumps` was given.
     """
-    return _StateUnpickler(io.BytesIO(blob), fixed).load()
+    return _StateUnpickler(io.BytesIO(blob), shared).load()
 
 
 class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]  # as above
@@ -155,10 +155,10 @@ class _StatePickler(ValuePickler):
     # Tensors of a callback that share memory must share it again after the way back, because they are written in place.
     waste = math.inf
 
-    def __init__(self, file: io.BytesIO, fixed: Sequence[object]) -> None:
+    def __init__(self, file: io.BytesIO, shared: Sequence[object]) -> None:
         super().__init__(file)
-        self._places = {id(one): place for place, one in enumerate(fixed)}
-        if fixed:  # pickle calls this for every object, which is slow
+        self._places = {id(one): place for place, one in enumerate(shared)}
+        if shared:  # pickle calls this for every object, which is slow
             self.persistent_id = self._place_of
 
     def _place_of(self, obj: object) -> int | None:
@@ -170,13 +170,13 @@ class _StatePickler(ValuePickler):
 
 
 class _StateUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, fixed: Sequence[object]) -> None:
+    def __init__(self, file: io.BytesIO, shared: Sequence[object]) -> None:
         super().__init__(file)
-        self._fixed = fixed
+        self._shared = shared
 
     def persistent_load(self, pid: int) -> object:
         """Return the object at a position of the list."""
-        return self._fixed[pid]
+        return self._shared[pid]
 
 
 def _with_slots(obj: Any) -> Any:

@@ -14,20 +14,17 @@ from __future__ import annotations
 import pickle
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.block import Block, Place, possible
-from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, fixed_objects, load_state
+from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, load_state, shared_objects
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
 from flowtrain_dask.cluster.codec import Encoded, dump_entries
 from flowtrain_dask.cluster.connect import Connection
 from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
-from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.transport import Abandoned, OnLoss, ThreadTransport
+from flowtrain_dask.lanes.transport import Abandoned, LaneContext, OnLoss, ThreadTransport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job, run_entries
 
 __all__ = ["ClusterTransport"]
@@ -72,7 +69,7 @@ class ClusterTransport:
         self._connection = connection
         self._on_loss = on_loss
         self._calls = Calls(connection, job.run, job.lane, patience)
-        self._fixed = fixed_objects(job, callbacks)
+        self._shared_objects = shared_objects(job, callbacks)
         self._packed_job = b""
         self._versions = versions()
         self._local: ThreadTransport | None = None
@@ -93,6 +90,11 @@ class ClusterTransport:
         return _LARGEST if self._local is None else self._local.largest
 
     @property
+    def is_remote(self) -> bool:
+        """Whether a worker runs the batches, and not this process because the cluster is lost."""
+        return self._local is None
+
+    @property
     def where(self) -> str:
         """The scheduler and the worker that had the last batch, as the report shows them."""
         if self._local is not None:
@@ -108,10 +110,8 @@ class ClusterTransport:
             ExecutorError: A callback does not pickle, the versions differ, or no worker does a first task in time.
         """
         check_can_be_sent(self._job, self._callbacks)
-        end = time.monotonic() + timeout
-        tally = Tally()
         try:
-            self._exchange((), True, nullcontext(), lambda: time.monotonic() > end, tally)
+            self._exchange((), LaneContext(time.monotonic() + timeout), wants_state=True)
         except ClusterLost as lost:
             raise ExecutorError(
                 f"The cluster at {self._connection.address} was lost before training began: {lost}. Start the "
@@ -124,9 +124,7 @@ class ClusterTransport:
             ) from late
         self._saved = None
 
-    def process(
-        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> BatchResult:
+    def run_batch(self, entries: Sequence[Entry], context: LaneContext) -> BatchResult:
         """Run a batch on a worker, or in this process if the cluster is lost.
 
         Raises:
@@ -134,13 +132,13 @@ class ClusterTransport:
         """
         if self._local is None:
             try:
-                return self._exchange(entries, self._wants_state(entries), gate, closing, tally)
+                return self._exchange(entries, context, wants_state=self._wants_state(entries))
             except ClusterLost as lost:
-                return self._continue_here(lost, entries, gate, closing, tally)
-        tally.local += len(entries)
-        return self._local.process(entries, gate, closing, tally)
+                return self._continue_here(lost, entries, context)
+        context.counts.local += len(entries)
+        return self._local.run_batch(entries, context)
 
-    def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
+    def bring_state_back(self, context: LaneContext) -> None:
         """Give the callbacks the attributes that they have on the worker.
 
         Raises:
@@ -150,11 +148,11 @@ class ClusterTransport:
             return
         try:
             if self._log:
-                self._exchange((), True, nullcontext(), closing, tally)
+                self._exchange((), context, wants_state=True)
         except ClusterLost as lost:
-            failure = self._continue_here(lost, (), nullcontext(), closing, tally).failure
+            failure = self._continue_here(lost, (), context).failure
         else:
-            load_state(self._callbacks, self._fixed, self._saved)
+            load_state(self._callbacks, self._shared_objects, self._saved)
             self._saved = None  # the next batch starts from the callbacks, which the user may change meanwhile
             return
         if failure is not None:  # an event that was done before has failed now, so the state is another one
@@ -164,7 +162,7 @@ class ClusterTransport:
     def settle(self) -> Sequence[Entry]:
         """Give the callbacks the saved state; return the log of the events since then."""
         if self._local is None and self._saved is not None:
-            load_state(self._callbacks, self._fixed, self._saved)
+            load_state(self._callbacks, self._shared_objects, self._saved)
         return tuple(self._log)
 
     def close(self) -> None:
@@ -180,17 +178,10 @@ class ClusterTransport:
         nbytes = self._log_bytes + sum(entry.nbytes for entry in entries)
         return late or len(self._log) >= _LOG_EVENTS or nbytes >= _LOG_BYTES
 
-    def _exchange(
-        self,
-        entries: Sequence[Entry],
-        want: bool,
-        gate: AbstractContextManager[Any],
-        closing: Callable[[], bool],
-        tally: Tally,
-    ) -> BatchResult:
+    def _exchange(self, entries: Sequence[Entry], context: LaneContext, *, wants_state: bool) -> BatchResult:
         """Have entries run on a worker, and take note of where the state is afterwards."""
         if self._saved is None:
-            self._saved = dump_state(self._callbacks, self._fixed)
+            self._saved = dump_state(self._callbacks, self._shared_objects)
             self._packed_job = dump_job(self._job, self._callbacks)
             self._token = secrets.token_hex(8)
             self._log, self._log_bytes, self._worker = [], 0, ""
@@ -202,26 +193,26 @@ class ClusterTransport:
             def blob(again: bool, first: bool = first) -> bytes:
                 """Return the assignment, complete or without saved state and log."""
                 if again and not first:
-                    tally.replays += len(self._log)
+                    context.counts.replays += len(self._log)
                 # Further attempts do not use the block: the worker of the first attempt may be reading it.
-                return self._assignment(entries, again or first, want, send=again)
+                return self._assignment(entries, again or first, wants_state=wants_state, send=again)
 
             try:
-                reply = self._calls.make(blob, "" if complete else self._worker, gate, closing, tally)
+                reply = self._calls.make(blob, "" if complete else self._worker, context)
             finally:
                 if self._block is not None:
                     self._block.shrink()
             if reply.kind == "done":
                 return self._accept(reply, entries)
             self._raise_for(reply)
-            if reply.kind == "far":  # the worker is on another machine; it has run nothing, and still has the state
+            if reply.kind == "not on this machine":  # the worker has run nothing, and still has the state
                 self._same_machine = False
                 continue
             complete = True  # the worker no longer has the state
-            tally.restarts += 1
-            tally.replays += len(self._log)
+            context.counts.restarts += 1
+            context.counts.replays += len(self._log)
 
-    def _assignment(self, entries: Sequence[Entry], complete: bool, want: bool, *, send: bool) -> bytes:
+    def _assignment(self, entries: Sequence[Entry], complete: bool, *, wants_state: bool, send: bool) -> bytes:
         log: list[Entry] = self._log if complete else []
         events = dump_entries([*log, *entries])
         call = Assignment(
@@ -231,7 +222,7 @@ class ClusterTransport:
             self._seen - len(log),
             self._saved if complete else None,
             bytes(events) if send else self._put_into_block(events),
-            want,
+            wants_state,
         )
         return pickle.dumps(call)
 
@@ -270,20 +261,13 @@ class ClusterTransport:
         at = f"worker {reply.address} of {self._connection.address}" if reply.address else self._connection.address
         if reply.kind == "versions":
             raise ExecutorError(_different(self._versions, reply.versions, at))
-        if reply.kind == "broken":
+        if reply.kind == "not picklable":
             raise ExecutorError(
                 f"Lane {self._job.lane} cannot run on {at}: {reply.text}. What its callbacks import must be installed "
                 f"there."
             )
 
-    def _continue_here(
-        self,
-        lost: ClusterLost,
-        entries: Sequence[Entry],
-        gate: AbstractContextManager[Any],
-        closing: Callable[[], bool],
-        tally: Tally,
-    ) -> BatchResult:
+    def _continue_here(self, lost: ClusterLost, entries: Sequence[Entry], context: LaneContext) -> BatchResult:
         """Continue in this process from the saved state, for the rest of the lane's life.
 
         Raises:
@@ -302,7 +286,7 @@ class ClusterTransport:
                 f"{len(entries) + len(self._log)} events of lane {self._job.lane}. {remedy}"
             ) from lost
         if self._saved is not None:
-            load_state(self._callbacks, self._fixed, self._saved)
+            load_state(self._callbacks, self._shared_objects, self._saved)
         self._saved = None
         self.close()
         self._local = ThreadTransport(self._job, self._callbacks)
@@ -310,10 +294,10 @@ class ClusterTransport:
         again = len(self._log)
         # All at once, and not for about a second as otherwise: the lane would not hand over the log a second time.
         job = self._job
-        result = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, gate)
+        result = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, context.gate)
         result.done = max(0, result.done - again)
-        tally.replays += again
-        tally.local += len(entries)
+        context.counts.replays += again
+        context.counts.local += len(entries)
         self._log = []
         return result
 

@@ -37,7 +37,7 @@ from flowtrain_dask.cluster.codec import load_entries
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job, Record, run_entries
 
-__all__ = ["Assignment", "Reply", "Versions", "dask_setup", "leave_random_numbers_alone", "process", "versions"]
+__all__ = ["Assignment", "Reply", "Versions", "dask_setup", "leave_random_numbers_alone", "run_assignment", "versions"]
 
 
 class Versions(NamedTuple):
@@ -75,7 +75,7 @@ class Assignment:
             kept.
         entries: The events that follow, as bytes of `flowtrain_dask.cluster.codec.dump_entries`, or the place of
             these bytes in the memory of the training process.
-        want: Whether the reply is to hold the new state.
+        wants_state: Whether the reply is to hold the new state.
     """
 
     token: str
@@ -84,7 +84,7 @@ class Assignment:
     base: int
     state: bytes | None
     entries: bytes | Place
-    want: bool
+    wants_state: bool
 
 
 @dataclass
@@ -93,8 +93,9 @@ class Reply:
 
     Attributes:
         kind: ``"done"``: the events were run. ``"missing"``: the worker has no callbacks in the state that it was to
-            use. ``"far"``: the memory of the training process cannot be read from here. ``"versions"``: the versions
-            differ. ``"broken"``: the assignment could not be unpickled, or its result not pickled.
+            use. ``"not on this machine"``: the memory of the training process cannot be read from here.
+            ``"versions"``: the versions differ. ``"not picklable"``: the assignment could not be unpickled, or its
+            result not pickled.
         records: The records of the events, see `flowtrain_dask.lanes.work.BatchResult`.
         done: How many events are done, see `flowtrain_dask.lanes.work.BatchResult`.
         ran: How many events the assignment had.
@@ -102,7 +103,7 @@ class Reply:
         state: The new state of the callbacks, if the assignment asked for it or a handler failed.
         address: The address of the worker.
         versions: The versions of the worker.
-        text: For ``"broken"``: the error.
+        text: For ``"not picklable"``: the error.
     """
 
     kind: str
@@ -158,15 +159,15 @@ def leave_random_numbers_alone() -> None:
 _global = cast("MethodType", random.randint).__self__
 
 
-def process(blob: bytes) -> bytes:
+def run_assignment(blob: bytes) -> bytes:
     """Run a pickled `Assignment` and return a pickled `Reply`."""
     leave_random_numbers_alone()
     try:
-        reply = _process(pickle.loads(blob))
+        reply = _reply_to(pickle.loads(blob))
         reply.address = _address()
         return pickle.dumps(reply)
     except BaseException as failure:  # nothing may be raised here, see the module docstring
-        return pickle.dumps(Reply("broken", text="".join(traceback.format_exception_only(failure)).strip()))
+        return pickle.dumps(Reply("not picklable", text="".join(traceback.format_exception_only(failure)).strip()))
 
 
 @dataclass
@@ -177,13 +178,13 @@ class _Kept:
         seen: How many events they have seen.
         job: The job of the lane.
         callbacks: The callbacks.
-        fixed: The objects that are not sent with their state.
+        shared: The objects that are not sent with their state.
     """
 
     seen: int
     job: Job
     callbacks: list[Callback]
-    fixed: list[object]
+    shared: list[object]
 
 
 _MOST_KEPT = 32
@@ -193,14 +194,14 @@ _kept: OrderedDict[str, _Kept] = OrderedDict()
 _lock = threading.Lock()  # guards `_kept`: a worker may run several tasks at the same time
 
 
-def _process(assignment: Assignment) -> Reply:
+def _reply_to(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
     events: bytes | memoryview | Place | None = assignment.entries
     if isinstance(events, Place):
         events = read(events)
     if events is None:
-        return Reply("far")
+        return Reply("not on this machine")
     kept = _take(assignment)
     if kept is None:
         return Reply("missing")
@@ -211,8 +212,9 @@ def _process(assignment: Assignment) -> Reply:
     if result.failure is not None:
         sequence, failure = result.failure
         reply.failure = sequence, _portable(failure)
-    if assignment.want or result.failure is not None:  # a failure usually ends training, which wants the state then
-        reply.state = dump_state(kept.callbacks, kept.fixed)
+    # A failure usually ends training, which wants the state then.
+    if assignment.wants_state or result.failure is not None:
+        reply.state = dump_state(kept.callbacks, kept.shared)
     with _lock:
         _kept[assignment.token] = kept
         while len(_kept) > _MOST_KEPT:
@@ -231,9 +233,9 @@ def _take(assignment: Assignment) -> _Kept | None:
         return kept
     if assignment.state is None:
         return None
-    job, callbacks, fixed = build(assignment.job)
-    load_state(callbacks, fixed, assignment.state)
-    return _Kept(assignment.base, job, callbacks, fixed)
+    job, callbacks, shared = build(assignment.job)
+    load_state(callbacks, shared, assignment.state)
+    return _Kept(assignment.base, job, callbacks, shared)
 
 
 def _portable(failure: BaseException) -> bytes:

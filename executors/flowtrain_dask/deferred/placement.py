@@ -15,7 +15,9 @@ through these modes (`Placement.mode`):
 The lane is empty at each move to place, and nothing is in it until the move back. So the events of its callbacks keep
 their order, and the callbacks have the state that they would have in a serial run.
 
-One lane races at a time (`Turn`), because the rounds of two lanes would disturb each other.
+One race runs at a time (`Turn`), because the rounds of two would disturb each other. Lanes that wait for their race at
+the same event race together first: four callbacks that sleep gain little one by one, and much together. If together
+they gain nothing, or when they are measured again, each races alone.
 """
 
 from __future__ import annotations
@@ -26,22 +28,18 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
+from weakref import WeakSet
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import CancelException, UsageError
-from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Call, Failed, Plan, PlannedHandler
-from flowtrain.state.random_numbers import Draws
+from flowtrain.graph.plan import Call
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.report import PlaceReport
-from flowtrain_dask.lanes.work import cancel_error
 from flowtrain_dask.parallel.decision import HOLD_FACTOR, LEAST_GAIN, in_ms, is_faster
-from flowtrain_dask.snapshots.taker import Shared, Taker
 
-__all__ = ["TIMED", "ConsumersOnly", "Mode", "Placement", "PlanKey", "Spot", "Turn", "retiring", "snapshot_node"]
+__all__ = ["TIMED", "Mode", "Placement", "PlanKey", "Spot", "Turn"]
 
 TIMED = 30
 """How many calls of a handler are timed before it is left in place, at most."""
@@ -99,10 +97,25 @@ class Spot:
 
 
 class Turn:
-    """Lets one lane race at a time."""
+    """Lets one lane, with its companions, race at a time."""
 
     def __init__(self) -> None:
-        self._holder: weakref.ref[Placement] | None = None  # which refers to this object
+        # All of these refer to this object.
+        self._holder: weakref.ref[Placement] | None = None
+        self._placements: WeakSet[Placement] = WeakSet()
+
+    def add(self, placement: Placement) -> None:
+        """Take note of a lane that may race."""
+        self._placements.add(placement)
+
+    def companions(self, placement: Placement) -> tuple[Placement, ...]:
+        """Return the lanes that can race together with one that has the turn: they wait for it at the same event."""
+        anchor = placement.anchor
+        if placement.alone or anchor is None:
+            return ()
+        waiting = [each for each in self._placements if each.mode == "waiting" and not each.alone]
+        others = [each for each in waiting if each is not placement and each.is_remote == placement.is_remote]
+        return tuple(each for each in others if each.anchor is not None and each.anchor.plan == anchor.plan)
 
     @property
     def holder(self) -> Placement | None:
@@ -135,18 +148,19 @@ class Placement:
         first: The number of its first event, for identities.
         make_lane: Makes the lane.
         stopping: Returns whether training is about to stop; then nothing waits for the lane.
-        far: Whether the lane is on a cluster.
+        is_remote: Whether the lane is on a cluster.
         turn: Lets one lane race at a time; ``None``: all events go to the lane.
         stale: Gets the plans that must be compiled again because their handlers are called in another way.
         clock: Returns the time in seconds.
 
     Attributes:
-        nodes, name, first, far: The same.
+        nodes, name, first, is_remote: The same.
         lane: The lane, once it has had an event.
         mode: See the docstring of the module.
         deferred: Whether events go to the lane now.
         anchor: The handler whose events divide the rounds of a race; ``None`` if no race is to come or runs.
         last: When the anchor was last called.
+        alone: Whether the next race of the lane is without others.
     """
 
     def __init__(
@@ -156,7 +170,7 @@ class Placement:
         first: int,
         make_lane: Callable[[Placement], Lane],
         stopping: Callable[[], bool],
-        far: bool,
+        is_remote: bool,
         turn: Turn | None,
         stale: set[PlanKey],
         clock: Callable[[], float] = time.perf_counter,
@@ -164,12 +178,14 @@ class Placement:
         self.nodes = nodes
         self.name = name
         self.first = first
-        self.far = far
+        self.is_remote = is_remote
         self.lane: Lane | None = None
         self.mode: Mode = "lane" if turn is None else "in place"
         self.deferred = turn is None
         self.anchor: Spot | None = None
         self.last = 0.0
+        self.alone = False
+        self._companions: tuple[Placement, ...] = ()  # the lanes that do in the race what this one does
         self._make_lane = make_lane
         self._stopping = stopping
         self._turn = turn
@@ -181,6 +197,8 @@ class Placement:
         self._handing: list[float] = []  # the seconds that handing over took in the race
         self._began: float | None = None  # when the present round began
         self._decided_at = 0.0
+        if turn is not None:
+            turn.add(self)
 
     def position(self, node: Node, handler: Handler) -> int:
         """Return the position of a handler in the job of the lane."""
@@ -243,7 +261,7 @@ class Placement:
                 begin = clock()
                 hand_over(event, phase, view)
                 self._handing.append(clock() - begin)
-                self.opened().hurry()
+                self.opened().process_soon()
             elif spot.timed:
                 begin = clock()
                 call(event, phase, view)
@@ -269,15 +287,22 @@ class Placement:
         """End a round of the race, and begin the next one, at an event of the anchor."""
         turn, now = self._turn, self._clock()
         assert turn is not None
-        if turn.holder is not self:  # another lane may have taken the turn
-            self.mode, self._began = "waiting", None
+        holder = turn.holder
+        if holder is not self:
+            if holder is not None and self in holder._companions:
+                self.last = now
+                self.move(holder.deferred)
+                return
+            self._end_race()  # another lane may have taken the turn
             if not turn.take(self):
                 self.last = now
                 return
-            self.mode, self._rounds, self._handing = "racing", ([], []), []
+            self._companions = turn.companions(self)
+            for each in self._racing():
+                each.mode, each._rounds, each._handing = "racing", ([], []), []
         began, self._began, self.last = self._began, None, now
-        if self.deferred and not self._emptied():
-            self.mode = "waiting"  # the lane has failed, or training is about to stop: events go there as before
+        if self.deferred and not all(each._emptied() for each in self._racing()):
+            self._end_race()  # a lane has failed, or training is about to stop: events go to the lanes as before
             turn.give_back(self)
             return
         if began is not None:
@@ -285,21 +310,44 @@ class Placement:
         here, there = self._rounds
         faster = is_faster(there, here) if len(here) == len(there) else None
         if faster is not None:
-            self.deferred, self._raced = faster, self.anchor
-            self._decide("lane" if faster else "in place")
+            self._decide_race(faster)
             return
         self.deferred = _TURNS[(len(here) + len(there)) % len(_TURNS)]
         self._began = self._clock()
+
+    def _racing(self) -> tuple[Placement, ...]:
+        """Return the lanes that race together."""
+        return self, *self._companions
+
+    def _end_race(self) -> None:
+        """Have this lane and its companions wait for another race."""
+        for each in self._racing():
+            each.mode, each._began = "waiting", None
+        self._companions = ()
+
+    def _decide_race(self, faster: bool) -> None:
+        """Move the lanes of a race that has ended, all of which are empty, to the place that was faster."""
+        racing, together = self._racing(), len(self._companions) > 0
+        self._companions = ()
+        for each in racing:
+            each.deferred, each._raced, each._rounds = faster, each.anchor, self._rounds
+            each.alone = True  # from now on
+            each.mode = "waiting"
+        if faster or not together:
+            for each in racing:
+                each._decide("lane" if faster else "in place")
+        elif self._turn is not None:  # one of them may still gain something
+            self._turn.give_back(self)
 
     def _round(self, began: float, now: float) -> float:
         """Return the seconds of a round that has ended now."""
         if not self.deferred:
             return now - began
-        if not self.far:
+        if not self.is_remote:
             return self._clock() - began  # with the wait for the lane: its thread may have shared a core with training
         # The wait is mostly the way to the worker and back, which a lane with many events makes once for all of them.
         # But the worker takes as long as this process for each event, so that a lane is no faster than its handler.
-        return max(now - began, 0.0 if self.anchor is None else self.anchor.cost)
+        return max(now - began, *(0.0 if each.anchor is None else each.anchor.cost for each in self._racing()))
 
     def _decide(self, mode: Literal["in place", "lane"]) -> None:
         self.mode, self.anchor, self._decided_at = mode, None, self._clock()
@@ -349,101 +397,3 @@ class Placement:
         else:
             why = f"it takes {in_ms(cost)}, and a lane gains nothing below {in_ms(LEAST_GAIN)}"
         return PlaceReport(self.name, "lane" if self.deferred else "in place", why, cost, handing)
-
-
-def snapshot_node(
-    planned: Placement, position: int, taker: Taker, shared: Shared | None, draws: Draws | None, name: str
-) -> Call:
-    """Return the call that hands an event of a handler over to its lane.
-
-    Args:
-        planned: The callbacks of the lane.
-        position: The position of the handler in the job of the lane.
-        taker: Takes the snapshots.
-        shared: The copies of earlier handlers of the same firing.
-        draws: Makes the seed of each event; ``None`` if the handler draws no random numbers.
-        name: The name of the callback.
-    """
-
-    def node(event: Event, phase: Phase, view: Any) -> None:
-        """Take a snapshot of the state that the handler declares to read, and put it into the lane."""
-        seed = None if draws is None else draws.next(name)
-        snapshot = taker.take(shared)
-        (planned.lane or planned.opened()).put(position, event, phase, snapshot, snapshot.nbytes, seed)
-
-    return node
-
-
-def retiring(call: Call, planned: Placement, handler: PlannedHandler) -> Call:
-    """Return the call of a handler that runs in place, which retires the lane if the handler fails."""
-
-    def run(event: Event, phase: Phase, view: Any) -> None:
-        """Run the handler."""
-        try:
-            call(event, phase, view)
-        except Exception as failure:  # a handler may raise anything
-            where = f"({type(event).__name__}, {phase!r})"
-            if isinstance(failure, CancelException):
-                failure = cancel_error(failure, handler.label, type(handler.callback).__name__, where)
-            failure.add_note(f"raised in {handler.label} at {where}, in place")
-            planned.retire(failure)
-
-    return run
-
-
-class ConsumersOnly:
-    """The loop of a learner to the runners of its executor: here deferrable callbacks steer training nowhere.
-
-    In a lane a callback cannot end a batch, fire an event or request a checkpoint, since training has passed the event.
-    Where cost decides about the lane, these are the same errors in place, so that a program never depends on the cost.
-    All other attributes are those of the loop.
-
-    Args:
-        site: The loop.
-
-    Attributes:
-        names: The names of the callbacks for which cost decides.
-    """
-
-    def __init__(self, site: Site) -> None:
-        self.names: frozenset[str] = frozenset()
-        self._site = site
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._site, name)
-
-    def fail(self, plan: Plan, event: Event, phase: Phase, failures: Sequence[Failed]) -> None:
-        """Raise the worst failure of an event, with an error for each cancel of a deferrable callback.
-
-        Raises:
-            DeferredCancelError: A deferrable callback raised a cancel.
-        """
-        where = f"({type(event).__name__}, {phase!r})"
-        failures = [
-            (each, cancel_error(failure, each.label, type(each.callback).__name__, where))
-            if isinstance(failure, CancelException) and each.node.name in self.names
-            else (each, failure)
-            for each, failure in failures
-        ]
-        try:
-            self._site.fail(plan, event, phase, failures)
-        finally:
-            del failures  # see `flowtrain.errors.raise_worst`
-
-    def drain(self, phase: Phase) -> None:
-        """Fire the events in `Site.fired`, then take the checkpoints in `Site.requests`.
-
-        Raises:
-            UsageError: A deferrable callback fired an event or requested a checkpoint.
-        """
-        site = self._site
-        for queue, method in ((site.fired, "fire"), (site.requests, "request_checkpoint")):
-            refused = [one for one in queue if one[0] in self.names]
-            if refused:
-                name, what = refused[0]
-                queue[:] = [one for one in queue if one[0] not in self.names]  # type: ignore[misc]  # each its own type
-                raise UsageError(
-                    f"{name} calls learner.{method}({what!r}), but it is deferrable: in its lane it runs later than "
-                    f'the event. Set deferrable = False on the callback, or write DaskExecutor(defer="never").'
-                )
-        site.drain(phase)

@@ -9,22 +9,18 @@ because nobody is left to whom a failure could be raised.
 from __future__ import annotations
 
 import atexit
-import logging
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from flowtrain_dask.lanes.lane import Lane
+from flowtrain_dask.lanes.lane_set import LaneSet
 
 if TYPE_CHECKING:
     from flowtrain_dask.cluster.connect import Connection
 
 __all__ = ["Teardown"]
-
-_logger = logging.getLogger("flowtrain")
 
 
 class Teardown:
@@ -36,12 +32,12 @@ class Teardown:
         patience: For how many seconds lanes process their events when Python ends.
 
     Attributes:
-        lanes: The lanes that have had events.
+        lanes: The lanes; ``None`` if there is no plan yet.
         connection: The connection to the cluster, if there is one.
     """
 
     def __init__(self, patience: float) -> None:
-        self.lanes: list[Lane] = []
+        self.lanes: LaneSet | None = None
         self.connection: Connection | None = None
         self._patience = patience
         self._process = os.getpid()
@@ -52,8 +48,8 @@ class Teardown:
         """End the lanes, then close the connection."""
         if os.getpid() != self._process:
             return  # a forked child has copies of the objects, but neither the threads nor the connection
-        for lane in self.lanes:
-            lane.close()
+        if self.lanes is not None:
+            self.lanes.close()
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -62,31 +58,15 @@ class Teardown:
         """Let the lanes process their events, log failures and the events that are not done, and close."""
         if os.getpid() != self._process:
             return
-        end = time.monotonic() + self._patience
-        for lane in self.lanes:
-            while not lane.given_up and not lane.flush(0.25) and not lane.over and time.monotonic() < end:
-                pass
-            if not lane.over and not lane.given_up and (left := lane.report().pending):
-                _logger.warning(
-                    "flowtrain: %d events of lane %s were not processed in %g s, and nobody closed their learner: "
-                    "write `with Learner(...) as learner:`, or learner.close()",
-                    left,
-                    lane.job.lane,
-                    self._patience,
-                )
-            try:
-                lane.raise_failure()
-            except Exception:
-                _logger.exception(
-                    "flowtrain: lane %s failed, and nobody called learner.flush() or learner.close()", lane.job.lane
-                )
+        if self.lanes is not None:
+            self.lanes.finish(self._patience)
         self.close()
 
     def drop(self) -> None:
         """Finish in the background. The garbage collector calls this when the executor is dropped."""
         if os.getpid() != self._process:
             return
-        if self.connection is None and all(lane.idle for lane in self.lanes):
+        if self.connection is None and (self.lanes is None or self.lanes.idle):
             self.close()
             return
         _ending.add(self)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import pickle
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,59 +22,17 @@ from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
 from flowtrain.logging.backend import deliver
-from flowtrain_dask.deferred.policy import Deferral, job_of
+from flowtrain_dask.deferred.policy import Deferral
+from flowtrain_dask.deferred.preparing import job_of
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.work import Entry, Job, run_entries
 
-__all__ = ["failures_of", "finish", "log_pending", "saved", "wait"]
+__all__ = ["finish", "saved"]
 
 _logger = logging.getLogger("flowtrain")
 
 _PutBack = Callable[[Node, Handler, Entry, bool], bool]
 """Puts an event into a lane, with whether its records are written; ``False`` if the callback runs in place."""
-
-
-def wait(lanes: Iterable[Lane], stopping: Callable[[], bool], limit: float) -> bool:
-    """Wait until every lane is done or has failed, or until the time is over after training was stopped.
-
-    Args:
-        lanes: The lanes. Those that are not done in time are marked as given up.
-        stopping: Returns whether training is about to stop.
-        limit: The most seconds to wait from then on.
-
-    Returns:
-        Whether no lane was given up.
-    """
-    end: float | None = None
-    given_up = False
-    for lane in lanes:
-        lane.given_up = False
-        while not lane.flush(0.25) and not lane.over:
-            if end is None and stopping():
-                end = time.monotonic() + limit
-            if end is not None and time.monotonic() >= end:
-                given_up = lane.given_up = True
-                break
-    return not given_up
-
-
-def log_pending(lanes: Iterable[Lane], limit: float) -> None:
-    """Log how many events of each lane that was given up were not processed in some seconds."""
-    for lane in lanes:
-        if lane.given_up:
-            text = "flowtrain: %d events of lane %s were not processed in %g s"
-            _logger.warning(text, lane.report().pending, lane.job.lane, limit)
-
-
-def failures_of(lanes: Iterable[Lane]) -> list[BaseException]:
-    """Return the failures of the lanes. From here on each lane processes events again."""
-    failures: list[BaseException] = []
-    for lane in lanes:
-        try:
-            lane.raise_failure()
-        except BaseException as failure:  # the failures of all lanes are raised together
-            failures.append(failure)
-    return failures
 
 
 def saved(lanes: Iterable[Lane], limit: float) -> dict[str, dict[str, Any]]:
@@ -97,9 +54,9 @@ def saved(lanes: Iterable[Lane], limit: float) -> dict[str, dict[str, Any]]:
                 lane.flush(limit)
         if own is None and lane.given_up and not lane.over and (left := lane.report().pending):
             text = "flowtrain: %d events of lane %s are not in the checkpoint, and a fit that resumes lacks them: %s"
-            _logger.warning(text, left, lane.job.lane, why)
+            _logger.warning(text, left, lane.name, why)
         if own is not None and own["count"]:
-            found[lane.job.lane] = own
+            found[lane.name] = own
         lane.note_saved(*(0, 0) if own is None else (own["count"], own["events"].nbytes))
     return found
 

@@ -1,4 +1,6 @@
-"""A gate, by which another thread makes a lane's thread stand still between two events; every fork uses it.
+"""A gate, by which another thread makes a lane stand still between two events; every fork uses it.
+
+The lane's thread is the one that works on the lane at the moment, if any does.
 
 A data loader starts its workers by forking this process while lanes run. Only the forking thread exists in the child: a
 lock that another thread held stays locked there for ever, and a record that it had written in part is written twice. So
@@ -13,10 +15,13 @@ import contextlib
 import os
 import threading
 import time
+from collections.abc import Iterable
 from typing import Protocol
 from weakref import WeakSet
 
-__all__ = ["Gate", "guard"]
+from flowtrain.logging.backend import LoggerBackend
+
+__all__ = ["Gate", "close_copies", "guard"]
 
 
 class Gate:
@@ -77,9 +82,18 @@ class _Standing(Protocol):
         """The gate of its thread."""
         ...
 
-    def orphan(self) -> None:
+    def become_forked_copy(self) -> None:
         """Become the copy in a forked child."""
         ...
+
+
+def close_copies(backends: Iterable[Iterable[LoggerBackend]]) -> None:
+    """Make the copies of backends in a forked child encode records and write none."""
+    # A backend without its open files is like one that was never opened.
+    for backend in {id(one): one for group in backends for one in group}.values():
+        state = backend.__getstate__()
+        if isinstance(state, dict):
+            vars(backend).update(state)
 
 
 _PATIENCE = 5.0
@@ -111,4 +125,4 @@ def _after_in_parent() -> None:
 def _after_in_child() -> None:
     for lane in list(_lanes):
         with contextlib.suppress(Exception):  # the child must run even if a backend cannot be taken apart
-            lane.orphan()
+            lane.become_forked_copy()

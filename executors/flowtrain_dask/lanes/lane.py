@@ -1,54 +1,70 @@
 """A lane: deferred events wait in it, and are processed one at a time and in order.
 
-The training thread puts an entry at the end of the queue (`Lane.put`). The lane's thread
-(`flowtrain_dask.lanes.driver`) takes the entries that have gathered, hands them over as one batch, and then takes the
-next batch. There is never more than one batch at work, so a slow lane gets large batches.
+The training thread puts an event at the end of the queue (`Lane.put`). A thread of `flowtrain_dask.lanes.threads` takes
+the events that have gathered for a moment (the linger), hands them over as one batch, writes the records of the result
+and counts the events as done (`Lane.work`). One thread at a time works on a lane, and there is never more than one
+batch at work, so a slow lane gets large batches.
 
-The threads share no lock, so `put` takes none, and it wakes the lane's thread only if that sleeps. A method that waits
-looks again every few milliseconds, because a signal would not end a wait for a lock on every system.
+The training thread may be interrupted between any two instructions, so it takes no lock. The attributes that both
+threads see have one writer each. Where one thread changes an attribute and then looks at another one, the other thread
+does the same the other way round, so that at least one of them sees the change: `put` appends and then looks whether
+the lane sleeps, `due` notes that it sleeps and then looks for events; `pause` asks for a pause and then looks whether
+the lane is at work, `work` begins and then looks for a pause.
 
-When a handler fails, the records before the failure are written. Then the failure is handed to the training thread
-(`surface`). The entries that are put until the training thread raises it are skipped, since they would not exist if the
-handler had run in place. Entries that are put later are processed. `FitEnd` is processed whenever it was put.
+When a handler fails, the records before the failure are written. Then the failure is left for the training thread. The
+entries that are put until the training thread raises it are skipped, since they would not exist if the handler had run
+in place. Entries that are put later are processed. `FitEnd` is processed whenever it was put.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
-from flowtrain.callback.events import Event
+from flowtrain.callback.events import Event, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import UsageError
-from flowtrain_dask.lanes.driver import Driver, OnError
-from flowtrain_dask.lanes.gate import Gate, guard
+from flowtrain_dask.lanes.event_queue import EventQueue
+from flowtrain_dask.lanes.gate import Gate, close_copies, guard
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport
-from flowtrain_dask.lanes.transport import Transport
-from flowtrain_dask.lanes.work import Entry, Job
-from flowtrain_dask.parallel.threads import start
+from flowtrain_dask.lanes.threads import LaneThreads
+from flowtrain_dask.lanes.transport import Abandoned, LaneContext, Transport
+from flowtrain_dask.lanes.work import BatchResult, Entry, Job, RecordWriter
 
 __all__ = ["Lane", "OnError"]
 
+OnError = Literal["raise", "warn"]
+"""What happens when a deferred handler fails; see `flowtrain_dask.executor.DaskExecutor`."""
+
+_logger = logging.getLogger("flowtrain")
+
 _POLL = 0.002
-"""Seconds between two looks at a condition that is waited for, at most: a wait begins with shorter ones."""
+"""Seconds between two looks at a condition that is waited for, at most: a wait begins with shorter ones. A signal would
+not end a wait for a lock on every system."""
 
 
 class Lane:
-    """A bounded queue of events with a thread that has them processed.
+    """A bounded queue of events that are processed by one thread at a time.
 
     Args:
         job: The job of the lane. Its backends must be open while there are entries.
         transport: Runs the batches. It is open already.
         limits: How many events, and how many bytes, may wait.
-        surface: Called with a callable that raises a failure, which the training thread is to call soon.
+        threads: The threads that work on the lane.
+        raise_on_training_thread: Called with a callable that raises a failure, which the training thread is to call
+            soon.
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
         stopping: Returns whether training is about to stop; then `put` no longer waits for room.
-        hurry: How many waiting events end the linger; half of the limit if that is less.
+        linger_events: How many waiting events end the linger; half of the limit if that is less.
 
     Attributes:
+        job: The same.
+        failure: The failure that the training thread is to raise.
+        refuses: Whether the lane takes no events: it is closed or retired.
         given_up: Whether the training thread has stopped waiting for the lane.
         holds: Keeps the sinks of the lane open, even if the learner is gone.
     """
@@ -58,29 +74,57 @@ class Lane:
         job: Job,
         transport: Transport,
         limits: Limits,
+        threads: LaneThreads,
         *,
-        surface: Callable[[Callable[[], None]], None],
+        raise_on_training_thread: Callable[[Callable[[], None]], None],
         on_error: OnError = "raise",
         stopping: Callable[[], bool] = lambda: False,
-        hurry: int = 4000,
+        linger_events: int = 4000,
     ) -> None:
         self.job = job
         self._transport = transport
-        self._limits = limits
+        self._blocks = limits.when_full == "block"
+        self._threads = threads
+        self._raise_on_training_thread = raise_on_training_thread
+        self._on_error: OnError = on_error
         self._stopping = stopping
-        # At half of the limit the thread stops lingering, so that training need not wait for room.
-        self._hurry = max(1, min(hurry, limits.pending // 2))
-        self._driver = Driver(job, transport, limits.bytes, self._hurry, surface, on_error)
-        self._thread: threading.Thread | None = None
-        self._driving = threading.Lock()  # held by the lane's thread as long as it lives
+        # At half of the limit the lane stops lingering, so that training need not wait for room.
+        self._linger_events = max(1, min(linger_events, limits.pending // 2))
+        self._queue = EventQueue(limits, transport.largest)
+        self._context = context = LaneContext()
+        self._records = RecordWriter(job.backends, context.counts)
         self.given_up = False
         self.holds: object = None
+        # The training thread writes these.
+        self.refuses = False
+        self._woken = -1  # the number of the look for which the lane was woken last
+        self._resume_at = 0  # entries before this one were put before the last failure was raised
+        # The thread that works on the lane writes these, but the training thread forgets a failure that it raises.
+        self.failure: BaseException | None = None
+        self._retired = False
+        self._resumed_at = 0  # entries before this one have been skipped where they had to be
+        self._brought_back = 0  # the callbacks of this process have the state after this many entries
+        # Both write this: whether the training thread waits until all entries are done and the state has come back.
+        self._flushing = False
+        # The leader of the threads writes these.
+        self._looks = 0
+        self._asleep = True  # whether the lane must be woken when an entry is put
+        self._gathers_since = 0.0  # when the linger began
+        self._turn = threading.Lock()  # held while the lane is worked on, and from its end on
+        self._ended = False
         guard(self)
 
     @property
+    def name(self) -> str:
+        """The name of the lane."""
+        return self.job.lane
+
+    @property
     def gate(self) -> Gate:
-        """The gate that makes the lane's thread stand still."""
-        return self._driver.gate
+        """The gate that makes the lane stand still between two events."""
+        return self._context.gate
+
+    # --- the training thread: events
 
     def put(self, handler: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None) -> bool:
         """Put an event at the end, after waiting for room if there is none. Only the training thread calls this.
@@ -96,19 +140,19 @@ class Lane:
         Returns:
             Whether the lane took the event; otherwise it was dropped and counted.
         """
-        driver = self._driver
-        number, total = driver.received
-        waiting = number - driver.done
-        # An empty lane takes an event of any size, or a large one would wait for ever.
-        if driver.refuses or (waiting and self._is_full(waiting, total, nbytes)):
+        queue = self._queue
+        number, total = queue.received
+        waiting = number - queue.done
+        if self.refuses or queue.is_full(nbytes, number, total):
             if not self._make_room(self.job.handlers[handler].name, nbytes):
                 return False
-            waiting = number - driver.done  # events were done meanwhile
+            waiting = number - queue.done  # events were done meanwhile
         total += nbytes
-        driver.queue.append(Entry(number, handler, event, phase, payload, nbytes, seed, total))
-        room = driver.batches.largest - (total - driver.done_bytes)
-        if driver.asleep or waiting + 1 == self._hurry or -nbytes < room <= 0:  # this event completes a full batch
-            self._wake_up()
+        queue.put(Entry(number, handler, event, phase, payload, nbytes, seed, total))
+        room = queue.largest - (total - queue.done_bytes)
+        full = waiting + 1 == self._linger_events or -nbytes < room <= 0  # this event completes a full batch
+        if full or self._asleep or self._context.pausing:
+            self._wake()
         return True
 
     def put_back(self, entry: Entry, handler: int, recorded: bool) -> None:
@@ -120,42 +164,8 @@ class Lane:
             recorded: Whether its records are in the sinks, and its effect on the callbacks alone is missing.
         """
         if recorded:
-            self._driver.replayed.add(self._driver.received[0])
+            self._records.written_before.add(self._queue.received[0])
         self.put(handler, entry.event, entry.phase, entry.payload, entry.nbytes, entry.seed)
-
-    def pause(self, timeout: float) -> bool:
-        """Make the lane's thread stand still behind the event that is at work, until `flush` or the next event.
-
-        Args:
-            timeout: The most seconds to wait for this event.
-
-        Returns:
-            Whether the thread stands still.
-        """
-        driver, end = self._driver, time.monotonic() + timeout
-        driver.pausing = True
-        while not (driver.paused or self._thread is None or self.over):
-            driver.wake.set()
-            if time.monotonic() >= end:
-                driver.pausing = False
-                return False
-            time.sleep(_POLL)
-        return not self.over
-
-    def unprocessed(self) -> tuple[list[Entry], int]:
-        """Give the callbacks of this process a state, while the lane stands still.
-
-        Returns:
-            The events that this state has not seen, and how many of them, the first ones, have their records in the
-            sinks already.
-        """
-        driver = self._driver
-        seen = self._transport.settle()
-        return [*seen, *driver.batches.waiting()], sum(entry.sequence < driver.unrecorded for entry in seen)
-
-    def note_saved(self, events: int, nbytes: int) -> None:
-        """Take note of how many events of the lane are in the last checkpoint, and of their bytes there."""
-        self._driver.tally.saved, self._driver.tally.saved_bytes = events, nbytes
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all events are done and the callbacks of this process have their state.
@@ -168,135 +178,268 @@ class Lane:
             `raise_failure`.
 
         Raises:
-            UsageError: A handler of the lane calls this, and would wait for itself.
+            UsageError: A handler of a lane calls this. It would wait for itself, or for a lane that waits for it.
         """
-        if self._thread is not None and self._thread is threading.current_thread():
+        if (here := self._threads.lane_here()) is not None:
             raise UsageError(
-                f"flush() in a deferred handler of lane {self.job.lane} would wait for that handler itself. Call it "
+                f"flush() in a deferred handler of lane {here.name} would wait for that handler itself. Call it "
                 f"where training is run."
             )
-        driver = self._driver
-        goal, _ = driver.received
+        queue = self._queue
+        goal, _ = queue.received
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _POLL / 64
-        while not driver.refuses and (driver.done < goal or driver.collected < goal):
-            driver.rush = True  # again each time: the lane's thread may have reset it before the last event was put
-            self._wake_up()
+        while not self.refuses and (queue.done < goal or self._brought_back < goal):
+            self.process_soon()  # again each time: the other thread may have reset it before the last event was put
             if deadline is not None and time.monotonic() >= deadline:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, _POLL)
-        return driver.done >= goal
+        self._flushing = False  # the loop may have set it after the last event was done
+        return queue.done >= goal
 
-    def hurry(self) -> None:
+    def process_soon(self) -> None:
         """Have the events that wait processed now, and not when more have gathered."""
-        self._driver.rush = True
-        self._wake_up()
-
-    def retire(self, failure: BaseException) -> None:
-        """Log a failure of a handler that ran in place, and take no more events. The lane must be empty."""
-        self._driver.retire(failure)
-
-    @property
-    def over(self) -> bool:
-        """Whether waiting is of no use: a failure must be raised first, or the lane takes no events."""
-        return self._driver.failure is not None or self._driver.refuses
+        self._flushing = True
+        self._wake()
 
     @property
     def idle(self) -> bool:
         """Whether there is no event to process and no failure to raise."""
-        driver = self._driver
-        return driver.failure is None and (driver.refuses or driver.done >= driver.received[0])
+        return self.failure is None and (self.refuses or self._queue.done >= self._queue.received[0])
 
-    def raise_failure(self) -> None:
-        """Raise the failure that is to be raised, if there is one. Events that are put later are processed again."""
-        self._driver.raise_failure()
-
-    def close(self, timeout: float = 5.0) -> None:
-        """End the lane's thread and close the transport. Events that are not done are dropped and counted.
-
-        Args:
-            timeout: The most seconds to wait for the handler that is at work.
-        """
-        if self._driver.closed:
-            return
-        self._driver.end()
-        # A handler of the lane may close it, through its learner: the lane's thread cannot wait for itself.
-        if self._thread is not None and self._thread is not threading.current_thread():
-            end = time.monotonic() + timeout
-            while self._thread.is_alive() and time.monotonic() < end:
-                self._thread.join(0.05)
-            self._driver.abandoned = True
-        else:
-            self._transport.close()
-        self._drop_rest()
+    @property
+    def over(self) -> bool:
+        """Whether waiting is of no use: a failure must be raised first, or the lane takes no events."""
+        return self.failure is not None or self.refuses
 
     def report(self) -> LaneReport:
         """Return the counts of the lane. Any thread may call this at any time."""
-        driver = self._driver
-        # The numbers of done entries are read first: the numbers of put entries, read later, are never smaller.
-        done, done_bytes = driver.done, driver.done_bytes
-        received, received_bytes = driver.received
-        return LaneReport(
-            self.job.lane,
-            self.job.callbacks,
-            self._transport.where,
-            received,
-            done,
-            max(0, received_bytes - done_bytes),
-            driver.retired,
-            driver.tally.copy(),
-        )
+        events, done, nbytes = self._queue.numbers()
+        counts = self._context.counts.copy()
+        where = self._transport.where
+        return LaneReport(self.name, self.job.callbacks, where, events, done, nbytes, self._retired, counts)
 
-    def orphan(self) -> None:
-        """Become the copy in a forked child, which has no lane's thread: take no events, write no records."""
-        self._thread = None
-        self._driver.orphan()
-
-    def _is_full(self, waiting: int, total: int, nbytes: int) -> bool:
-        limits = self._limits
-        return waiting >= limits.pending or total - self._driver.done_bytes + nbytes > limits.bytes
+    def _wake(self) -> None:
+        self._context.pausing = False
+        looks = self._looks
+        if self._context.closed:
+            return
+        # A look is to come anyway: nobody has looked since the lane was woken, or the lane is at work.
+        if self._woken == looks or self._turn.locked():
+            self._threads.relieve()
+            return
+        self._threads.wake(self)
+        self._woken = looks  # last: an interrupt before this wakes the lane once more
 
     def _make_room(self, callback: str, nbytes: int) -> bool:
         """Wait until there is room, or until something else ends the wait; return whether to take the event."""
-        driver = self._driver
+        counts = self._context.counts
         begin = time.perf_counter()
         # If training is stopping the wait ends, and the few events that are left are taken beyond the limit.
-        if not driver.refuses and self._limits.when_full == "block":
-            while self._has_no_room(nbytes) and not self._stopping():
-                self._wake_up()
+        if not self.refuses and self._blocks:
+            while not self.over and self._queue.is_full(nbytes, *self._queue.received) and not self._stopping():
+                self._wake()
                 time.sleep(_POLL)
-            driver.tally.stalled(callback, time.perf_counter() - begin)
-            if not driver.refuses:
+            counts.stalled(callback, time.perf_counter() - begin)
+            if not self.refuses:
                 return True
-        driver.tally.dropped[callback] += 1
+        counts.dropped[callback] += 1
         return False
 
-    def _has_no_room(self, nbytes: int) -> bool:
-        driver = self._driver
-        received, total = driver.received
-        waiting = received - driver.done
-        return bool(waiting) and not driver.refuses and driver.failure is None and self._is_full(waiting, total, nbytes)
+    # --- the training thread: failures, checkpoints and the end
 
-    def _wake_up(self) -> None:
-        driver = self._driver
-        driver.pausing = False
-        if driver.closed:
+    def raise_failure(self) -> None:
+        """Raise the failure that is to be raised, if there is one. Events that are put later are processed again."""
+        failure = self.failure
+        if failure is None:
             return
-        # The thread starts with the first event, so that a lane without events costs none.
-        if self._thread is None:
-            driver.taken_at = time.monotonic()  # the linger of the first batch begins now
-            self._thread = start(self._drive, f"flowtrain lane {self.job.lane}")
-        driver.wake.set()
+        self._resume_at = self._queue.received[0]
+        self.failure = None  # last: until then all entries are skipped
+        try:
+            self._wake()  # `FitEnd` may wait
+            raise failure
+        finally:
+            del failure
 
-    def _drive(self) -> None:
-        """Be the lane's thread. It refers to the lane, so a lane with a running thread stays known to `guard`."""
-        # An interrupt can make the training thread start a second thread, just before it knows of the first.
-        if self._driving.acquire(blocking=False):
-            self._thread = threading.current_thread()
-            self._driver.drive()
+    def retire(self, failure: BaseException) -> None:
+        """Log a failure and take no more events. The training thread may call this if the lane is empty."""
+        counts = self._context.counts
+        counts.last_error = text = f"{type(failure).__name__}: {failure}"
+        notes = "; ".join(getattr(failure, "__notes__", ()))
+        _logger.warning("flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self.name, text, notes)
+        self.refuses = self._retired = True
+        self._skip()
 
-    def _drop_rest(self) -> None:
-        driver = self._driver
-        for entry in driver.batches.drain():
-            driver.tally.dropped[self.job.handlers[entry.handler].name] += 1
+    def pause(self, timeout: float) -> bool:
+        """Make the lane stand still behind the event that is at work, until `flush` or the next event.
+
+        Args:
+            timeout: The most seconds to wait for this event.
+
+        Returns:
+            Whether the lane stands still.
+        """
+        end = time.monotonic() + timeout
+        self._context.pausing = True
+        while self._turn.locked() and not self.over:
+            if time.monotonic() >= end:
+                self._context.pausing = False
+                return False
+            time.sleep(_POLL)
+        return not self.over
+
+    def unprocessed(self) -> tuple[list[Entry], int]:
+        """Give the callbacks of this process a state, while the lane stands still.
+
+        Returns:
+            The events that this state has not seen, and how many of them, the first ones, have their records in the
+            sinks already.
+        """
+        seen = self._transport.settle()
+        return [*seen, *self._queue.waiting()], sum(entry.sequence < self._records.next for entry in seen)
+
+    def note_saved(self, events: int, nbytes: int) -> None:
+        """Take note of how many events of the lane are in the last checkpoint, and of their bytes there."""
+        self._context.counts.saved, self._context.counts.saved_bytes = events, nbytes
+
+    def close(self, timeout: float = 5.0) -> None:
+        """End the lane and close its transport. Events that are not done are dropped and counted.
+
+        Args:
+            timeout: The most seconds to wait for the handler that is at work. A handler of a lane that calls this does
+                not wait: it may be the one that is at work.
+        """
+        if self._context.closed:
+            return
+        self._context.closed = self.refuses = True
+        end = time.monotonic() + timeout
+        while not self._turn.acquire(blocking=False):
+            if self._ended:
+                break
+            if self._threads.lane_here() is not None or time.monotonic() >= end:
+                self._records.abandoned = True  # the thread that works on the lane ends it
+                break
+            time.sleep(_POLL)
+        else:
+            self._end()
+        for entry in self._queue.drain():
+            self._context.counts.dropped[self.job.handlers[entry.handler].name] += 1
+        self.holds = None
+
+    def become_forked_copy(self) -> None:
+        """Become the copy in a forked child, which has none of the threads: take no events, write no records."""
+        self._context.closed = self.refuses = True
+        self._context.gate = Gate()
+        self._end()
+        self._queue.forget()
+        close_copies(self.job.backends)
+
+    # --- the thread that works on the lane
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the handlers run in another process, so that a thread that works on the lane only waits."""
+        return self._transport.is_remote
+
+    def due(self) -> float | None:
+        """Return when the lane is to be worked on: now, or when the linger is over; ``None``: not until it is woken."""
+        self._looks += 1  # first, see `_wake`
+        slept, self._asleep = self._asleep, True  # before the look for events: one that is put later wakes the lane
+        queue = self._queue
+        failing = self.failure is not None or self._retired
+        work = queue.has_new if failing else len(queue) > 0  # `FitEnd` waits for the failure to be raised
+        if self._context.closed or self._context.pausing or not (work or self._must_bring_back()):
+            return None
+        self._asleep = False
+        if slept:
+            self._gathers_since = time.monotonic()
+        if self._flushing or failing or len(queue) >= self._linger_events or queue.nbytes >= queue.largest:
+            return 0.0
+        return self._gathers_since + self._transport.linger
+
+    def begin(self) -> bool:
+        """Let the calling thread work on the lane, unless another one does or the lane has ended."""
+        return self._turn.acquire(blocking=False)
+
+    def work(self) -> None:
+        """Process a batch, skip entries after a failure, or bring the state of the callbacks back."""
+        try:
+            if not self._context.is_stopped():
+                self._work()
+        except Abandoned:  # the lane is closed, or is to stand still: then the batch is handed over again
+            self._queue.put_back()
+        except BaseException as failure:  # such as a full sink or a lost cluster: the training thread raises it
+            self._fail(failure)
+        if self._context.closed:
+            self._end()
+        else:
+            self._turn.release()
+
+    def _work(self) -> None:
+        # No batch is taken between a failure and the moment at which the training thread has raised it.
+        failing = self.failure is not None or self._retired
+        if failing or self._resumed_at < self._resume_at:
+            self._skip()
+        queue = self._queue
+        if not failing and (batch := queue.take()):
+            self._gathers_since = begin = time.monotonic()
+            result = self._transport.run_batch(batch, self._context)
+            queue.fill(self._transport.largest)
+            queue.took(time.monotonic() - begin, max(1, result.done))
+            self._accept(result)
+        elif self._flushing:
+            done = queue.done
+            try:
+                self._transport.bring_state_back(self._context)
+            except Abandoned:  # asked for again when the lane no longer stands still
+                raise
+            except BaseException:  # if the state cannot be brought back now, it is not asked for again and again
+                self._brought_back, self._flushing = done, False
+                raise
+            self._brought_back, self._flushing = done, False
+
+    def _must_bring_back(self) -> bool:
+        """Return whether the training thread waits for the state of the callbacks."""
+        return self._flushing and self._brought_back < self._queue.received[0]
+
+    def _accept(self, result: BatchResult) -> None:
+        """Write the records of a result, and count the entries that are done."""
+        try:
+            # A fork must not copy a sink that is half written.
+            with self.gate:
+                self._records.write(result.records)
+        finally:
+            # Counted after a failed write too: the records of these entries may be in the sink in part, and a second
+            # write would double them.
+            if done := self._queue.finish(result.done):
+                self._records.next = done[-1].sequence + 1
+        if result.failure is not None:
+            self._fail(result.failure[1])
+        else:
+            self._queue.put_back()
+
+    def _fail(self, failure: BaseException) -> None:
+        """Leave a failure for the training thread, or log it and retire the lane."""
+        if self._on_error == "warn":
+            self.retire(failure)
+            return
+        self._context.counts.last_error = f"{type(failure).__name__}: {failure}"
+        self.failure = failure
+        self._skip()
+        self._raise_on_training_thread(self.raise_failure)
+
+    def _skip(self) -> None:
+        """Skip the entries that were put before the failure is, or was, raised.
+
+        `FitEnd` is not skipped unless the lane has retired: it runs for every callback, whatever failed.
+        """
+        put, _ = self._queue.received  # first: if the failure is still there after this, they were put before
+        before = put if self.failure is not None or self._retired else self._resume_at
+        self._context.counts.skipped += self._queue.skip(before, None if self._retired else FitEnd)
+        self._resumed_at = before
+
+    def _end(self) -> None:
+        """End the lane for good: `_turn` stays taken, so that no thread works on it."""
+        self._transport.close()
+        self._ended = True

@@ -1,7 +1,7 @@
 """The report on lanes: how many events are done and wait, how long training waited for room, and what failed.
 
-A lane counts in its `Tally` while it works, and each number has one thread that counts it. A `Report` is a copy of the
-numbers at one moment, for the user.
+A lane counts in its `LaneCounts` while it works, and each number has one thread that counts it. A `Report` is a copy of
+the numbers at one moment, for the user.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["LaneReport", "PlaceReport", "Report", "Stall", "Tally"]
+__all__ = ["LaneCounts", "LaneReport", "PlaceReport", "Report", "Stall"]
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Stall:
 
 
 @dataclass
-class Tally:
+class LaneCounts:
     """The counts of a lane beside those of its events.
 
     Attributes:
@@ -54,7 +54,7 @@ class Tally:
     saved_bytes: int = 0
     last_error: str = ""
 
-    def copy(self) -> Tally:
+    def copy(self) -> LaneCounts:
         """Return a copy of the numbers, while other threads continue to count."""
         # No lock is held, since one thread alone adds to each number. The dicts are listed at once, because a dict that
         # grows cannot be iterated.
@@ -81,7 +81,7 @@ class LaneReport:
         done: How many of them are done.
         bytes: How many bytes the pending events hold.
         retired: Whether a failure has taken the lane out of service.
-        tally: Its further counts.
+        counts: Its further counts.
     """
 
     lane: str
@@ -91,7 +91,7 @@ class LaneReport:
     done: int
     bytes: int
     retired: bool
-    tally: Tally
+    counts: LaneCounts
 
     @property
     def pending(self) -> int:
@@ -100,24 +100,24 @@ class LaneReport:
 
     def troubles(self) -> Iterator[str]:
         """Yield a line for each problem that a user should know of."""
-        tally = self.tally
-        for name, stall in sorted(tally.stalls.items()):
+        counts = self.counts
+        for name, stall in sorted(counts.stalls.items()):
             yield f"{name} made training wait {stall.seconds:.1f} s in all ({stall.count} times): its lane was full"
-        for name, count in sorted(tally.dropped.items()):
+        for name, count in sorted(counts.dropped.items()):
             yield f"{name}: {count:,} events dropped"
-        if tally.restarts:
-            yield f"{self.lane}: {tally.restarts:,} batches given out again, {tally.replays:,} events replayed"
-        if tally.local:
-            yield f"{self.lane}: the cluster was lost; {tally.local:,} events were run in this process"
-        if tally.skipped:
-            yield f"{self.lane}: {tally.skipped:,} events not run, because an earlier one had failed"
-        if tally.saved:
-            size = f"{tally.saved_bytes / 2**20:,.1f} MiB"
-            yield f"{self.lane}: {tally.saved:,} events were not done in time and are in the checkpoint ({size})"
+        if counts.restarts:
+            yield f"{self.lane}: {counts.restarts:,} batches given out again, {counts.replays:,} events replayed"
+        if counts.local:
+            yield f"{self.lane}: the cluster was lost; {counts.local:,} events were run in this process"
+        if counts.skipped:
+            yield f"{self.lane}: {counts.skipped:,} events not run, because an earlier one had failed"
+        if counts.saved:
+            size = f"{counts.saved_bytes / 2**20:,.1f} MiB"
+            yield f"{self.lane}: {counts.saved:,} events were not done in time and are in the checkpoint ({size})"
         if self.retired:
             yield f"{self.lane}: retired"
-        if tally.last_error:
-            yield f"{self.lane}: last error: {tally.last_error}"
+        if counts.last_error:
+            yield f"{self.lane}: last error: {counts.last_error}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Report:
     @property
     def dropped(self) -> int:
         """How many events were dropped."""
-        return sum(sum(lane.tally.dropped.values()) for lane in self.lanes)
+        return sum(sum(lane.counts.dropped.values()) for lane in self.lanes)
 
     @property
     def pending(self) -> int:
@@ -168,7 +168,7 @@ class Report:
     @property
     def stalled(self) -> float:
         """For how many seconds the training thread has waited for room."""
-        return sum(stall.seconds for lane in self.lanes for stall in lane.tally.stalls.values())
+        return sum(stall.seconds for lane in self.lanes for stall in lane.counts.stalls.values())
 
     def troubles(self) -> list[str]:
         """Return a line for each problem that a user should know of: waits, dropped events, restarts, errors."""
@@ -181,15 +181,15 @@ class Report:
 
 
 def _row(lane: LaneReport) -> tuple[str, ...]:
-    tally = lane.tally
+    counts = lane.counts
     numbers = lane.events, lane.done, lane.pending
     return (
         lane.lane,
         lane.where,
         *(f"{number:,}" for number in numbers),
         f"{lane.bytes / 2**20:,.1f}",
-        f"{sum(tally.dropped.values()):,}",
-        f"{tally.records:,}",
+        f"{sum(counts.dropped.values()):,}",
+        f"{counts.records:,}",
     )
 
 

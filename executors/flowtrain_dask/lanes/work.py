@@ -2,7 +2,7 @@
 
 `run_entries` is the only function that runs a deferred handler, in this process or in another. It changes nothing but
 the callbacks that it is given: it returns the records that they log, and writes to no sink. It stops at the first event
-whose handler fails.
+whose handler fails. `RecordWriter` writes the records in the process that trains.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -24,9 +26,10 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import CancelException, DeferredCancelError
 from flowtrain.graph.plan import Call
-from flowtrain.logging.backend import Identity, LoggerBackend, collecting
+from flowtrain.logging.backend import Identity, LoggerBackend, collecting, deliver
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import own_numbers
+from flowtrain_dask.lanes.report import LaneCounts
 from flowtrain_dask.snapshots.taker import Snapshot
 from flowtrain_dask.snapshots.view import Replica
 
@@ -36,6 +39,7 @@ __all__ = [
     "Job",
     "LaneHandler",
     "Record",
+    "RecordWriter",
     "Surroundings",
     "cancel_error",
     "opened",
@@ -168,6 +172,51 @@ class BatchResult:
     failure: tuple[int, BaseException] | None = None
 
 
+_TOGETHER = 256
+"""The most records that are written at once. A lane that is abandoned writes no more than these."""
+
+_callback_of: Callable[[Record], int] = itemgetter(1)
+
+
+class RecordWriter:
+    """Writes the records of a lane, those of each entry once.
+
+    Args:
+        backends: The logging backends of each callback.
+        counts: Counts the records.
+
+    Attributes:
+        next: The records of entries before this one are in the sinks.
+        written_before: Further entries whose records are in the sinks, since a fit was resumed with them.
+        abandoned: Whether nobody waits for the lane any more: the sinks are being closed, so nothing is written.
+    """
+
+    def __init__(self, backends: Sequence[Sequence[LoggerBackend]], counts: LaneCounts) -> None:
+        self._backends = backends
+        self._counts = counts
+        self.next = 0
+        self.written_before: set[int] = set()
+        self.abandoned = False
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Write records, without those that are in the sinks.
+
+        Raises:
+            Exception: A sink has failed. It gets no more of these records; the other sinks get theirs.
+        """
+        new = [record for record in records if record[0] >= self.next and record[0] not in self.written_before]
+        failures: dict[int, Exception] = {}
+        for start in range(0, len(new), _TOGETHER):
+            for callback, own in groupby(new[start : start + _TOGETHER], _callback_of):
+                if self.abandoned:
+                    return
+                written = [(position, data) for _, _, position, data in own]
+                deliver(self._backends[callback], written, failures)
+                self._counts.records += len(written)
+        if failures:
+            raise next(iter(failures.values()))
+
+
 _seeding = threading.Lock()
 """Held while the generators are seeded for a handler: a worker may run the handlers of several lanes at once."""
 
@@ -213,7 +262,7 @@ def run_entries(
                     else:
                         with _seeding, own_numbers(seed):
                             call(entry.event, entry.phase, view)
-                except BaseException as failure:  # even `SystemExit`: it must not end the lane's thread unnoticed
+                except BaseException as failure:  # even `SystemExit`: it must not end the thread of lanes unnoticed
                     result.failure = entry.sequence, _explained(failure, job, entry)
             # The records of a handler that failed count too, since a serial run has written them before the exception.
             result.records += [(entry.sequence, callback, position, data) for position, data in collector.records]

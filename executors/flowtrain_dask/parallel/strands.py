@@ -68,12 +68,13 @@ def needs_training_thread(plan: Plan) -> frozenset[int]:
     )
 
 
-def fuse(before: Sequence[Sequence[int]], main: Collection[int]) -> list[list[int]]:
+def fuse(before: Sequence[Sequence[int]], on_training_thread: Collection[int]) -> list[list[int]]:
     """Return the positions as linear chains, ordered by the first position of each.
 
     Args:
         before: For each position, its direct predecessors.
-        main: The positions that the training thread must run. A chain has either only such positions or none of them.
+        on_training_thread: The positions that the training thread must run. A chain has either only such positions
+            or none of them.
     """
     followers = [0] * len(before)
     for each in before:
@@ -82,7 +83,8 @@ def fuse(before: Sequence[Sequence[int]], main: Collection[int]) -> list[list[in
     chains: list[list[int]] = []
     chain_of: list[list[int]] = []
     for position, each in enumerate(before):
-        if len(each) == 1 and followers[each[0]] == 1 and (each[0] in main) == (position in main):
+        same_thread = bool(each) and (each[0] in on_training_thread) == (position in on_training_thread)
+        if len(each) == 1 and followers[each[0]] == 1 and same_thread:
             chain = chain_of[each[0]]
         else:
             chain = []
@@ -100,7 +102,7 @@ def pack(
     before: Sequence[Sequence[int]],
     costs: Sequence[float],
     workers: int,
-    main: Collection[int] = (),
+    on_training_thread: Collection[int] = (),
     waiting: Collection[int] = (),
 ) -> Strands:
     """Spread handlers over strands.
@@ -109,11 +111,11 @@ def pack(
         before: For each position, its direct predecessors, which have smaller positions.
         costs: The seconds that each handler takes.
         workers: How many strands there may be for handlers that compute.
-        main: The positions that the training thread must run; they go to the first strand.
+        on_training_thread: The positions that the training thread must run; they go to the first strand.
         waiting: The positions of the handlers that wait most of their time. Chains of these alone may have strands of
             their own beside those for `workers`.
     """
-    chains = fuse(before, main)
+    chains = fuse(before, on_training_thread)
     chain_of = {position: index for index, chain in enumerate(chains) for position in chain}
     # Only the first handler of a chain waits for other chains. The others have one predecessor each, in the same chain.
     waits_for = [{chain_of[one] for one in before[chain[0]]} for chain in chains]
@@ -135,10 +137,10 @@ def pack(
         ready = [index for index in left if waits_for[index] <= end.keys()]
         index = min(ready, key=lambda one: (-to_the_end[one], one))
         start = max((end[one] for one in waits_for[index]), default=0.0)
-        if chains[index][0] in main:
+        if chains[index][0] in on_training_thread:
             strand = 0
         else:  # on a tie the training thread takes the chain, unless handlers are left that only it may run
-            reserved = any(chains[one][0] in main for one in left)
+            reserved = any(chains[one][0] in on_training_thread for one in left)
             allowed = len(free) if waits[index] else workers
             strand = min(range(allowed), key=lambda one: (max(free[one], start), one == 0 and reserved, one))
         free[strand] = end[index] = max(free[strand], start) + takes[index]

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 
-__all__ = ["Wake", "start"]
+__all__ = ["Wake", "cores", "start"]
 
 
 class Wake:
@@ -57,3 +58,10 @@ def start(target: Callable[[], None], name: str) -> threading.Thread:
     thread = threading.Thread(target=target, name=name, daemon=True)
     _thread.start_new_thread(thread.start, ())
     return thread
+
+
+def cores() -> int:
+    """Return the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))  # less than the machine has, in a container or under a batch system
+    return os.cpu_count() or 1

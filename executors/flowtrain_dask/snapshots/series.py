@@ -225,7 +225,7 @@ class Cutter:
     Args:
         tail: Whether the handler runs in another process.
         late: Whether values on a device are read late (``TorchCore(lag=...)``). For another process they are sent to
-            the host when the cut is made, so that the lane's thread does not wait for the device.
+            the host when the cut is made, so that no thread of lanes waits for the device.
     """
 
     def __init__(self, *, tail: bool = False, late: bool = False) -> None:
@@ -233,12 +233,12 @@ class Cutter:
         self._late = tail and late
         # What was made at the handler's previous event, by the id of the list or dict from which it was made. The list
         # or dict is kept with it, so that no other object gets the id. What this event makes is kept apart until
-        # `taken`, because several paths may lead to one series, and each shows the same values.
+        # `end_event`, because several paths may lead to one series, and each shows the same values.
         self._before: dict[int, tuple[object, Any]] = {}
         self._made: dict[int, tuple[object, Any]] = {}
         self._rewound = Series.rewound
 
-    def taken(self) -> None:
+    def end_event(self) -> None:
         """Take note that the snapshot of an event is complete: the next tails begin where its tails end."""
         self._before.update(self._made)
         self._made.clear()

@@ -26,7 +26,7 @@ from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.series import Cutter
 from flowtrain_dask.snapshots.slots import MISSING, Slot, compile_slots, slots_now
 
-__all__ = ["Copied", "Groups", "Shared", "Snapshot", "Taker", "copy_groups", "sharing"]
+__all__ = ["Copied", "CopiesOfFiring", "Groups", "Snapshot", "Taker", "copy_groups", "forgetting_copies"]
 
 Groups: TypeAlias = Mapping[Path, Hashable]
 """A key for each declared path of a handler. Handlers of one firing with equal keys may share a copy."""
@@ -60,7 +60,7 @@ class Copied:
         return self.nbytes
 
 
-Shared: TypeAlias = dict[Hashable, Copied]
+CopiesOfFiring: TypeAlias = dict[Hashable, Copied]
 """The copies of one firing, for later handlers of the same firing; empty again for the next one."""
 
 
@@ -123,13 +123,13 @@ class Taker:
                 f"and stays in the process that trains; a taker with tail=True gives the newest values only."
             )
 
-    def sharing(self, groups: Groups) -> Taker:
+    def for_groups(self, groups: Groups) -> Taker:
         """Return this taker for a plan with these `copy_groups`. Both share what the lane has seen of series."""
         other = copy(self)
         other._slots = tuple((slot, _key(slot, groups)) for slot, _ in self._slots)
         return other
 
-    def take(self, shared: Shared | None = None) -> Snapshot:
+    def take(self, shared: CopiesOfFiring | None = None) -> Snapshot:
         """Copy the declared state as it is now. Entries that do not exist are left out.
 
         Args:
@@ -150,10 +150,10 @@ class Taker:
                 copied = self._copied(each, key, shared)
                 if copied is not None:
                     snapshot.add(each.path, copied, self._lane)
-        self._cutter.taken()
+        self._cutter.end_event()
         return snapshot
 
-    def _copied(self, slot: Slot, key: Hashable, shared: Shared | None) -> Copied | None:
+    def _copied(self, slot: Slot, key: Hashable, shared: CopiesOfFiring | None) -> Copied | None:
         where = (slot.path, key)
         if shared is not None and where in shared:
             return shared[where]
@@ -167,7 +167,7 @@ class Taker:
         return copied
 
 
-def sharing(runner: Runner, shared: Shared) -> Runner:
+def forgetting_copies(runner: Runner, shared: CopiesOfFiring) -> Runner:
     """Return a runner that forgets the copies that snapshot nodes have shared, before and after each firing."""
 
     def run(event: Event, phase: Phase) -> None:

@@ -18,8 +18,8 @@ from flowtrain_dask.cluster.callback_state import (
     check_can_be_sent,
     dump_job,
     dump_state,
-    fixed_objects,
     load_state,
+    shared_objects,
 )
 from tests.support.lanes import job_of
 from tests.support.untyped import untyped
@@ -55,7 +55,7 @@ class Setting(Carrier):
 
 def kept_of(*callbacks: Callback) -> list[object]:
     """Return what stays here when these callbacks travel."""
-    return fixed_objects(job_of(*callbacks), callbacks)
+    return shared_objects(job_of(*callbacks), callbacks)
 
 
 def moved(*callbacks: Callback) -> tuple[list[Callback], list[object]]:

@@ -19,8 +19,8 @@ from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
 from flowtrain_dask.cluster.connect import Connection, connect
 from flowtrain_dask.cluster.worker import Assignment, Reply, versions
-from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import Abandoned
+from tests.support.transports import StoppedBy
 from tests.support.waiting import wait_for
 
 OTHER = versions()._replace(torch="0.0")
@@ -48,7 +48,8 @@ class Rig:
     def __init__(self, connection: Connection, run: str = "run", lane: str = "Summer", **patience: Any) -> None:
         self.connection = connection
         self.calls = Calls(connection, run, lane, Patience(**patience))
-        self.tally = Tally()
+        self.context = StoppedBy()
+        self.context.gate = self  # type: ignore[assignment]  # it counts who enters
         self.asked: list[bool] = []
         self.inside = 0
         self.entered = 0
@@ -61,14 +62,15 @@ class Rig:
         self.inside -= 1
 
     def make(
-        self, blob: bytes, whole: bytes = REFUSED, worker: str = "", closing: Callable[[], bool] = lambda: False
+        self, blob: bytes, whole: bytes = REFUSED, worker: str = "", stopped: Callable[[], bool] = lambda: False
     ) -> Reply:
         def give(all_of_it: bool) -> bytes:
             assert self.inside == 1, "a fork must not interrupt this"
             self.asked.append(all_of_it)
             return whole if all_of_it else blob
 
-        return self.calls.make(give, worker, self, closing, self.tally)
+        self.context.stopped = stopped
+        return self.calls.make(give, worker, self.context)
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_a_call_goes_to_the_worker_that_should_have_it(connection: Connection) -
         assert (reply.kind, reply.address, reply.versions) == ("versions", address, versions())
     assert set(rig.asked) == {False}, "all that any worker needs was not needed"
     assert rig.entered == len(rig.asked)
-    assert rig.tally.restarts == 0
+    assert rig.context.counts.restarts == 0
 
 
 def test_a_call_to_nobody_in_particular_is_answered_by_somebody(connection: Connection) -> None:
@@ -142,9 +144,9 @@ def test_what_goes_wrong_in_an_assignment_is_an_answer(connection: Connection) -
     rig = Rig(connection)
     for line in ("raise ValueError('bad')", "raise SystemExit(3)", "raise ImportError('nothing here')"):
         reply = rig.make(script(line))
-        assert reply.kind == "broken"
+        assert reply.kind == "not picklable"
         assert reply.text in ("ValueError: bad", "SystemExit: 3", "ImportError: nothing here")
-    assert rig.make(b"no pickle").kind == "broken"
+    assert rig.make(b"no pickle").kind == "not picklable"
     assert rig.asked == [False] * 4
 
 
@@ -152,9 +154,9 @@ def test_a_lane_that_is_closed_does_not_wait_for_the_answer(connection: Connecti
     rig, gone = Rig(connection), tmp_path / "gone"
     waits = script("import os, time", f"while not os.path.exists({str(gone)!r}): time.sleep(0.01)")
     with pytest.raises(Abandoned):
-        rig.make(waits, closing=lambda: True)
+        rig.make(waits, stopped=lambda: True)
     gone.write_text("")
-    assert rig.make(REFUSED, closing=lambda: False).kind == "versions", "the next call is one like any other"
+    assert rig.make(REFUSED, stopped=lambda: False).kind == "versions", "the next call is one like any other"
 
 
 def test_a_client_that_is_closed_has_lost_its_cluster(dask_processes: Any) -> None:
@@ -180,7 +182,7 @@ def test_a_stopped_worker_is_not_waited_for_and_another_gets_all_of_it(dask_proc
     assert reply.address != addresses(connection)[dask_processes.pids()[pid]]
     assert rig.asked == [False, True]
     assert rig.entered == 2
-    assert rig.tally.restarts == 1
+    assert rig.context.counts.restarts == 1
     assert rig.make(REFUSED).kind == "versions"
     connection.close()
 
@@ -193,12 +195,12 @@ def test_a_worker_that_only_takes_long_is_waited_for(connection: Connection, tmp
     )
     begun = time.monotonic()
 
-    def closing() -> bool:
+    def stopped() -> bool:
         if time.monotonic() > begun + 4:
             go.write_text("")
         return False
 
-    assert rig.make(waits, closing=closing).kind == "broken", "what it is pickled from is no assignment"
+    assert rig.make(waits, stopped=stopped).kind == "not picklable", "what it is pickled from is no assignment"
     assert seen.exists()
     assert rig.asked == [False]
 
@@ -212,7 +214,7 @@ def test_a_batch_that_ends_a_worker_is_tried_again_with_all_of_it(own: Any, tmp_
     reply = rig.make(script("import os", "os._exit(1)"))
     assert reply.kind == "versions"
     assert rig.asked == [False, True]
-    assert rig.tally.restarts == 1
+    assert rig.context.counts.restarts == 1
     assert len(own.pids()) == 1
     connection.close()
 
@@ -279,12 +281,12 @@ def test_a_call_that_was_meant_for_a_worker_that_is_gone_goes_to_one_that_joins(
     wait_for(lambda: not connection.workers(10))
     started: list[object] = []
 
-    def closing() -> bool:
+    def stopped() -> bool:
         started.extend([] if started else [own.start_worker("b")])
         return False
 
     rig = Rig(connection)
-    reply = rig.make(REFUSED, worker=address, closing=closing)
+    reply = rig.make(REFUSED, worker=address, stopped=stopped)
     assert reply.kind == "versions"
     assert reply.address == addresses(connection)["b"]
     connection.close()

@@ -17,7 +17,7 @@ from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.cluster.codec import Encoded, decode, dump_entries, encode, load_entries, memory_for
 from flowtrain_dask.lanes.work import Entry
 from flowtrain_dask.snapshots.pool import ALIGNMENT, Pool
-from flowtrain_dask.snapshots.taker import Shared, Taker
+from flowtrain_dask.snapshots.taker import CopiesOfFiring, Taker
 from tests.support.encoded import closure, memory_of
 from tests.support.programs import Programs
 
@@ -162,7 +162,7 @@ def test_a_copy_that_two_events_share_is_sent_once() -> None:
     loss: Any = torch.arange(100_000.0)
     state.batch.loss = loss
     taker = Taker(declare({"batch.loss": Read()}, "me"), state, Pool(1 << 20), tail=False)
-    shared = Shared()
+    shared = CopiesOfFiring()
     sent = [Entry(n, 0, BatchEnd(), TrainingPhase(), taker.take(shared), 400_000) for n in range(2)]
     blob = bytes(dump_entries(sent))
     assert 400_000 < len(blob) < 450_000

@@ -25,6 +25,7 @@ from flowtrain_dask.cluster.connect import Connection, connect
 from flowtrain_dask.cluster.transport import ClusterTransport
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.threads import LaneThreads
 from flowtrain_dask.lanes.transport import OnLoss
 from flowtrain_dask.lanes.work import BatchResult
 from tests.support.lanes import Memory, job_of
@@ -92,7 +93,7 @@ class Rig:
         self.transport = ClusterTransport(self.job, callbacks, connection, on_loss, linger=0.02, **kwargs)
         self.transport.open(60)
         self.urgent: list[Callable[[], None]] = []
-        self.lane = Lane(self.job, self.transport, Limits(), surface=self.urgent.append)
+        self.lane = Lane(self.job, self.transport, Limits(), LaneThreads(), raise_on_training_thread=self.urgent.append)
 
     def wait_for(self, records: int) -> None:
         """Wait until so many records are written; a failure of the lane ends it."""
@@ -153,7 +154,7 @@ def test_records_and_state_come_home(connection: Connection, folder: Path) -> No
     assert getattr(one.own, "__self__", None) is one
     report = rig.lane.report()
     assert report.where.startswith(connection.address)
-    assert (report.done, report.pending, report.tally.records) == (300, 0, 300)
+    assert (report.done, report.pending, report.counts.records) == (300, 0, 300)
     rig.lane.close()
 
 
@@ -215,7 +216,7 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
     assert rig.lane.flush(60)
     rig.lane.raise_failure()
     assert backend.records == expected(range(6))
-    assert rig.lane.report().tally.restarts == 0
+    assert rig.lane.report().counts.restarts == 0
     large = [size > 800_000 for size in sent]
     wanted = [False] * len(large) if near else [False, *[True] * (len(large) - 1)]
     assert large == wanted, "tried once where it is not near, and from then on sent"
@@ -302,8 +303,8 @@ def test_a_retiring_worker_takes_its_state_along(dask_processes: Any, connection
     assert backend.records == expected(range(7))
     assert float(summer.ballast[0]) == 7.0
     report = rig.lane.report()
-    assert report.tally.replays >= 1
-    assert report.tally.records == 7
+    assert report.counts.replays >= 1
+    assert report.counts.records == 7
     rig.lane.close()
 
 
@@ -328,7 +329,7 @@ def test_a_stopped_worker_is_not_waited_for(dask_processes: Any, folder: Path) -
     assert rig.lane.flush(60)
     rig.lane.raise_failure()
     assert backend.records == expected(range(3))
-    assert rig.lane.report().tally.restarts == 1
+    assert rig.lane.report().counts.restarts == 1
     assert "1 batches given out again" in "\n".join(rig.lane.report().troubles())
     rig.lane.close()
     connection.close()
@@ -386,7 +387,7 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
     assert blocks() == 0, "no worker is there to read it"
     report = rig.lane.report()
     assert report.where == f"thread ({connection.address} was lost)"
-    assert report.tally.local >= 1
+    assert report.counts.local >= 1
     assert "the cluster was lost" in "\n".join(report.troubles())
     raising.lane.flush(60)
     with pytest.raises(ExecutorError, match=r"was lost during training \(.*on_cluster_loss=\"local\""):

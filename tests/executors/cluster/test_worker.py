@@ -10,10 +10,10 @@ import pytest
 from flowtrain import BatchEnd, Callback, LearnerView, Read, TrainingPhase, on
 from flowtrain.callback.access import declare
 from flowtrain.state.partial_view import Owner
-from flowtrain_dask.cluster.callback_state import dump_job, dump_state, fixed_objects, load_state
+from flowtrain_dask.cluster.callback_state import dump_job, dump_state, load_state, shared_objects
 from flowtrain_dask.cluster.codec import dump_entries
 from flowtrain_dask.cluster.pickling import loads
-from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, process, versions
+from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, run_assignment, versions
 from flowtrain_dask.lanes.work import Entry, Job, LaneHandler
 
 
@@ -56,10 +56,10 @@ def assign(
         Entry(base + place, 0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
         for place, number in enumerate(numbers)
     ]
-    blob = dump_state([callback], fixed_objects(job, [callback])) if state else None
+    blob = dump_state([callback], shared_objects(job, [callback])) if state else None
     events = bytes(dump_entries(entries))
     call = Assignment(token, versions(), dump_job(job, [callback]), base, blob, events, True)
-    reply = pickle.loads(process(pickle.dumps(Assignment(**{**vars(call), **changes}))))
+    reply = pickle.loads(run_assignment(pickle.dumps(Assignment(**{**vars(call), **changes}))))
     assert type(reply) is Reply
     return reply
 
@@ -114,7 +114,7 @@ def test_too_deep_a_recursion_is_a_reply() -> None:
     ("changes", "kind", "text"),
     [
         ({"versions": Versions("2.7", "0.1", "0")}, "versions", ""),
-        ({"entries": b"no events"}, "broken", "ValueError: this is no blob of flowtrain's codec"),
+        ({"entries": b"no events"}, "not picklable", "ValueError: this is no blob of flowtrain's codec"),
     ],
 )
 def test_what_cannot_be_run_is_told(changes: dict[str, Any], kind: str, text: str) -> None:
@@ -124,5 +124,5 @@ def test_what_cannot_be_run_is_told(changes: dict[str, Any], kind: str, text: st
 
 
 def test_what_is_no_assignment_is_told() -> None:
-    assert pickle.loads(process(b"nonsense")).kind == "broken"
+    assert pickle.loads(run_assignment(b"nonsense")).kind == "not picklable"
     assert versions().differences(Versions("2.7", versions().torch, "0")) == ["python", "flowtrain"]

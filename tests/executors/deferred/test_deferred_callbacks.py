@@ -62,9 +62,10 @@ from flowtrain.metrics import accuracy
 from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 from flowtrain_dask.cluster.block import possible
-from flowtrain_dask.deferred.policy import Defer
+from flowtrain_dask.deferred.preparing import Defer
 from flowtrain_dask.lanes.limits import WhenFull
 from flowtrain_dask.lanes.report import Report
+from flowtrain_dask.lanes.threads import MOST_THREADS
 from tests.support.waiting import wait_for
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
@@ -338,12 +339,35 @@ def test_close_processes_what_waits_and_ends_the_threads() -> None:
     look = Look("look")
     learner = tiny_learner(look, n_batches=3, executor=DaskExecutor(defer="always"))
     learner.epoch(TrainingPhase)
-    wait_for(lambda: lane_threads() == ["flowtrain lane look"])  # a thread may begin to run a moment later
+    wait_for(lambda: lane_threads() == ["flowtrain lanes_0"])  # a thread may begin to run a moment later
     learner.close()
     assert len(look.values) == 3
     assert lane_threads() == []
     with pytest.raises(ExecutorError, match="closed"):
         learner.fit(1)
+
+
+def test_many_callbacks_share_few_threads_and_each_has_its_events_in_order() -> None:
+    """Rule 23: a lane for each of 256 callbacks, which were 256 threads."""
+    looks = [Look(f"look{number}") for number in range(256)]
+    alone = Look("alone")
+    with tiny_learner(alone, n_batches=12) as learner:
+        learner.fit(2)
+    most = 0
+
+    class Counts(Callback):
+        @on(BatchEnd, TrainingPhase)
+        def count(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            nonlocal most
+            most = max(most, len(lane_threads()))
+
+    with tiny_learner(*looks, Counts(), n_batches=12, executor=DaskExecutor(defer="always")) as learner:
+        learner.fit(2)
+        report = learner.executor.report()  # type: ignore[attr-defined]  # dask's
+    assert 1 <= most <= MOST_THREADS
+    assert [(lane.lane, lane.events, lane.done) for lane in report.lanes] == [(each.name, 24, 24) for each in looks]
+    assert all(each.values == alone.values for each in looks)
+    assert lane_threads() == []
 
 
 def test_a_learner_that_is_dropped_takes_its_lanes_with_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -166,8 +166,8 @@ def test_a_resumed_run_has_every_record_of_the_serial_one(
     report = interrupted(tmp_path, executor_of(first))
     saved = waiting_in(tmp_path)["SlowLog"]
     assert 1 <= saved["count"] <= 7
-    tally = report.lanes[0].tally
-    assert (tally.saved, tally.saved_bytes) == (saved["count"], saved["events"].numel())
+    counts = report.lanes[0].counts
+    assert (counts.saved, counts.saved_bytes) == (saved["count"], saved["events"].numel())
     said = f"SlowLog: {saved['count']} events were not done in time and are in the checkpoint (0.0 MiB)"
     assert said in str(report)
     assert said in caplog.text

@@ -15,6 +15,7 @@ from flowtrain.state.partial_view import Owner
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.threads import LaneThreads
 from flowtrain_dask.lanes.transport import ThreadTransport
 from flowtrain_dask.lanes.work import Job, LaneHandler
 from tests.support.interrupts import interrupted
@@ -175,7 +176,8 @@ def test_children_find_no_lock_taken_and_write_nothing(tmp_path: Path) -> None:
     nothing = declare({}, "test")
     lane_handler = LaneHandler(0, "Locking", handler, nothing, Owner("Locking", "Locking", "state_access", nothing))
     job = Job("Locking", "run", ("Locking",), (callback.backends,), (lane_handler,))
-    lane = Lane(job, ThreadTransport(job, [callback], 0.001), Limits(), surface=print)
+    transport, threads = ThreadTransport(job, [callback], 0.001), LaneThreads()
+    lane = Lane(job, transport, Limits(), threads, raise_on_training_thread=print)
     event, phase = BatchEnd(), TrainingPhase()
     for _ in range(60):
         for _ in range(5):
@@ -188,6 +190,7 @@ def test_children_find_no_lock_taken_and_write_nothing(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert lane.flush(30)
     lane.close()
+    threads.close()
     backend.close()
     assert callback.count == 300
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 300

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 
-from flowtrain_dask.lanes.report import LaneReport, Report, Stall, Tally
+from flowtrain_dask.lanes.report import LaneCounts, LaneReport, Report, Stall
 
 
 def test_the_table_and_what_a_user_should_know() -> None:
-    tally = Tally(dropped=Counter({"LogImages": 3}), restarts=2, replays=40, records=9_000, local=7, skipped=5)
-    tally.stalled("LogImages", 1.5)
-    tally.stalled("LogImages", 0.75)
-    tally.last_error = "ValueError: bad"
-    slow = LaneReport("LogImages", ("LogImages",), "tcp://10.0.0.1:8786", 12_000, 11_900, 3 << 20, True, tally)
-    fine = LaneReport("LogMetrics", ("LogMetrics",), "thread", 5, 5, 0, False, Tally(records=10))
+    counts = LaneCounts(dropped=Counter({"LogImages": 3}), restarts=2, replays=40, records=9_000, local=7, skipped=5)
+    counts.stalled("LogImages", 1.5)
+    counts.stalled("LogImages", 0.75)
+    counts.last_error = "ValueError: bad"
+    slow = LaneReport("LogImages", ("LogImages",), "tcp://10.0.0.1:8786", 12_000, 11_900, 3 << 20, True, counts)
+    fine = LaneReport("LogMetrics", ("LogMetrics",), "thread", 5, 5, 0, False, LaneCounts(records=10))
     report = Report((slow, fine))
     assert str(report).splitlines() == [
         "lane        where                events    done  pending  MiB  dropped  records",
@@ -35,10 +35,10 @@ def test_without_lanes() -> None:
 
 
 def test_a_copy_does_not_count_on() -> None:
-    tally = Tally()
-    tally.stalled("a", 1.0)
-    copy = tally.copy()
-    tally.stalled("a", 1.0)
-    tally.dropped["a"] += 1
+    counts = LaneCounts()
+    counts.stalled("a", 1.0)
+    copy = counts.copy()
+    counts.stalled("a", 1.0)
+    counts.dropped["a"] += 1
     assert copy.stalls == {"a": Stall(1, 1.0)}
     assert copy.dropped == Counter()

@@ -12,10 +12,9 @@ import pytest
 from flowtrain.logging.backend import Identity
 from flowtrain_dask.lanes import transport as threads
 from flowtrain_dask.lanes.gate import Gate
-from flowtrain_dask.lanes.report import Tally
 from flowtrain_dask.lanes.transport import SLOW, ThreadTransport, Transport
 from tests.support.lanes import job_of
-from tests.support.transports import Adder, MakeTransport, TransportContract, entries_of
+from tests.support.transports import Adder, MakeTransport, StoppedBy, TransportContract, entries_of
 
 
 class Rig:
@@ -25,11 +24,11 @@ class Rig:
         self.callback = Adder()
         self.job = job_of(self.callback, **changes)
         self.transport = ThreadTransport(self.job, [self.callback])
-        self.tally = Tally()
-        self.gate = Gate()
+        self.context = StoppedBy()
 
-    def process(self, *numbers: int, first: int = 0, closing: Callable[[], bool] = lambda: False) -> Any:
-        return self.transport.process(entries_of(*numbers, first=first), self.gate, closing, self.tally)
+    def run(self, *numbers: int, first: int = 0, stopped: Callable[[], bool] = lambda: False) -> Any:
+        self.context.stopped = stopped
+        return self.transport.run_batch(entries_of(*numbers, first=first), self.context)
 
 
 class TestContract(TransportContract):
@@ -40,14 +39,13 @@ class TestContract(TransportContract):
 
 def test_it_is_a_transport_whose_place_is_a_thread() -> None:
     transport: Transport = Rig().transport
-    assert transport.where == "thread"
-    assert ThreadTransport(Rig().job, [], linger=0.5).linger == 0.5
+    assert (transport.where, transport.is_remote) == ("thread", False)
 
 
 def test_handlers_run_on_the_thread_that_calls_and_on_the_callback_itself() -> None:
     rig = Rig(first=10)
     rig.transport.open(1.0)
-    thread = threading.Thread(target=lambda: rig.process(1, 2))
+    thread = threading.Thread(target=lambda: rig.run(1, 2))
     thread.start()
     number = thread.ident
     thread.join(20)
@@ -60,19 +58,19 @@ def test_handlers_run_on_the_thread_that_calls_and_on_the_callback_itself() -> N
 
 def test_a_lane_that_is_closed_has_the_event_at_work_and_no_more() -> None:
     rig = Rig()
-    result = rig.process(1, 2, 3, 4, closing=lambda: rig.callback.total >= 3)
+    result = rig.run(1, 2, 3, 4, stopped=lambda: rig.callback.total >= 3)
     assert (result.done, rig.callback.total) == (2, 3)
-    assert rig.process(5, 6, first=2, closing=lambda: True).done == 1
+    assert rig.run(5, 6, first=2, stopped=lambda: True).done == 1
 
 
 def test_records_do_not_wait_for_all_of_a_long_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """When the time is over, what is done is handed back; what is left comes again."""
     monkeypatch.setattr(threads, "_SECONDS", -1.0)
     rig = Rig()
-    assert [rig.process(*range(first, 4), first=first).done for first in range(4)] == [1] * 4
+    assert [rig.run(*range(first, 4), first=first).done for first in range(4)] == [1] * 4
     assert rig.callback.total == 0 + 1 + 2 + 3
     monkeypatch.setattr(threads, "_SECONDS", 1e6)
-    assert rig.process(1, 2, 3, first=4).done == 3
+    assert rig.run(1, 2, 3, first=4).done == 3
 
 
 def test_the_gate_is_entered_around_each_event() -> None:
@@ -89,24 +87,24 @@ def test_the_gate_is_entered_around_each_event() -> None:
             told.append(f"out at {rig.callback.total}")
             super().__exit__(*exc)
 
-    rig.gate = Noted()
-    rig.process(1, 2)
+    rig.context.gate = Noted()
+    rig.run(1, 2)
     assert told == ["in at 0", "out at 1", "in at 1", "out at 3"]
 
 
 def test_a_lane_that_is_held_does_not_begin() -> None:
     rig = Rig()
-    assert rig.gate.hold(1.0)
-    thread = threading.Thread(target=lambda: rig.process(1), daemon=True)
+    assert rig.context.gate.hold(1.0)
+    thread = threading.Thread(target=lambda: rig.run(1), daemon=True)
     thread.start()
     thread.join(0.05)
     assert rig.callback.total == 0
-    rig.gate.release()
+    rig.context.gate.release()
     thread.join(20)
     assert rig.callback.total == 1
 
 
-def test_events_that_take_long_do_not_gather() -> None:
+def test_events_that_take_long_and_the_first_one_do_not_gather() -> None:
     """They are processed as they come, so that a short fit does not wait for them at its end; until they are quick."""
 
     def slowly() -> bool:
@@ -114,7 +112,8 @@ def test_events_that_take_long_do_not_gather() -> None:
         return False
 
     rig = Rig()
-    rig.process(1, 2, closing=slowly)
     assert rig.transport.linger == 0.0
-    rig.process(*range(1000), first=2)
+    rig.run(1, 2, stopped=slowly)
+    assert rig.transport.linger == 0.0
+    rig.run(*range(1000), first=2)
     assert rig.transport.linger == 0.05

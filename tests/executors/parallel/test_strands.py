@@ -84,13 +84,13 @@ def test_a_chain_is_fused_and_stays_on_one_strand() -> None:
 
 def test_a_chain_is_cut_where_a_handler_must_stay_on_the_training_thread() -> None:
     assert fuse([(), (0,), (1,)], {1}) == [[0], [1], [2]]
-    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, main={2})
+    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, on_training_thread={2})
     assert 2 in strands.strands[0]
     assert len(strands.strands) == 2
 
 
 def test_the_training_thread_leaves_the_rest_to_others_while_it_has_its_own() -> None:
-    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, main={1, 2})
+    strands = pack([(), (), ()], [1.0, 1.0, 1.0], 2, on_training_thread={1, 2})
     assert strands.strands == ((1, 2), (0,))
 
 

@@ -43,7 +43,7 @@ def taken(metrics: PhaseMap[Any], cutter: Cutter) -> Any:
     """What a snapshot holds of series by phase."""
     found = cutter.by_phase(metrics)
     value = Copying(COPIERS, Pool(0), cutter=cutter).copy(metrics) if found is None else found
-    cutter.taken()
+    cutter.end_event()
     return value
 
 
@@ -92,11 +92,11 @@ def tail_of(live: Series, start: int, *, late: bool = False) -> Series:
     for at, (step, value) in enumerate(zip(range(len(live)), live.since(0), strict=True)):
         if at == start:
             cutter.series(first)
-            cutter.taken()
+            cutter.end_event()
         first.push(torch.tensor(value), step)
     if start == len(live):
         cutter.series(first)
-        cutter.taken()
+        cutter.end_event()
     shown = cutter.series(first)
     first.push(9.0, 9)
     return shown

@@ -39,7 +39,7 @@ from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner
 from flowtrain_dask.snapshots.pool import Pool
-from flowtrain_dask.snapshots.taker import Shared, Snapshot, Taker, copy_groups
+from flowtrain_dask.snapshots.taker import CopiesOfFiring, Snapshot, Taker, copy_groups
 from tests.support.accelerator import DEVICE, needs_accelerator
 
 LOSS = ("batch", "loss")
@@ -263,7 +263,7 @@ def test_bytes_that_snapshots_of_a_lane_share_count_once_in_it() -> None:
         return Taker(declare({"batch.loss": Read()}, "me"), state, pool, tail=False, lane=lane)
 
     for _ in range(2):
-        shared = Shared()
+        shared = CopiesOfFiring()
         assert [of(lane).take(shared).nbytes for lane in ("a", "a", "b", "a", "b")] == [1200, 0, 1200, 0, 0]
 
 
@@ -335,11 +335,10 @@ def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: b
     assert groups[2] == groups[3]
     assert (groups[0][LOSS] == groups[2][LOSS]) == same_loss
     assert (groups[0]["params",] == groups[2]["params",]) == same_params
-    state, shared, pool = state_with(loss=torch.ones(300)), Shared(), Pool(1 << 20)
+    state, shared, pool = state_with(loss=torch.ones(300)), CopiesOfFiring(), Pool(1 << 20)
     declaration = declare({"batch.loss": Read()}, "me")
-    found = [
-        Taker(declaration, state, pool, tail=False).sharing(groups[at]).take(shared).payload[LOSS] for at in (0, 2, 3)
-    ]
+    takers = [Taker(declaration, state, pool, tail=False).for_groups(groups[at]) for at in (0, 2, 3)]
+    found = [taker.take(shared).payload[LOSS] for taker in takers]
     assert (found[0] is found[1]) == same_loss
     assert found[1] is found[2]
 
@@ -347,7 +346,7 @@ def test_a_copy_is_shared_where_nobody_writes_in_between(path: str, same_loss: b
 def test_memory_is_used_again_when_all_who_share_it_have_let_go() -> None:
     state, pool = state_with(loss=torch.ones(300)), Pool(1 << 20)
     takers = [Taker(declare({"batch.loss": Read()}, "me"), state, pool, tail=False)] * 2
-    shared = Shared()
+    shared = CopiesOfFiring()
     one, other = (each.take(shared) for each in takers)
     address = one.payload[LOSS].data_ptr()
     shared.clear()

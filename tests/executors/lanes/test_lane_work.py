@@ -1,12 +1,11 @@
-"""What a lane's thread does (rules 23, 25, 27 and 30); most tests call it on their own thread, to the end."""
+# pyright: reportPrivateUsage=false
+# The tests do the work of the threads, and look at the numbers that the two sides share.
+"""What the thread that works on a lane does (rules 23 to 27). Tests work on the lane themselves, on one thread."""
 
 from __future__ import annotations
 
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, TrainingPh
 from flowtrain.callback.events import Event
 from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import LoggerBackend, Run, Value, log
-from flowtrain_dask.lanes.driver import Batches, Driver, OnError
-from flowtrain_dask.lanes.report import Tally
-from flowtrain_dask.lanes.transport import Abandoned, ThreadTransport
+from flowtrain_dask.lanes.lane import Lane, OnError
+from flowtrain_dask.lanes.limits import Limits
+from flowtrain_dask.lanes.threads import LaneThreads, Workable
+from flowtrain_dask.lanes.transport import Abandoned, LaneContext, ThreadTransport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job
 from tests.support.lanes import Memory, job_of
-from tests.support.waiting import wait_for
 
 
 class Together(Memory):
@@ -77,7 +76,6 @@ class Logger(Callback):
 class Ending(ThreadTransport):
     """Ends the lane when it is asked for the state, which comes after all else; `error` is what it raises then."""
 
-    end: Callable[[], None]
     error: BaseException | None = None
     closed = 0
     asked = 0
@@ -86,17 +84,15 @@ class Ending(ThreadTransport):
         super().__init__(job, callbacks, linger)
         self.batches: list[int] = []
 
-    def process(
-        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> BatchResult:
+    def run_batch(self, entries: Sequence[Entry], context: LaneContext) -> BatchResult:
         self.batches.append(len(entries))
-        return super().process(entries, gate, closing, tally)
+        return super().run_batch(entries, context)
 
-    def collect(self, closing: Callable[[], bool], tally: Tally) -> None:
+    def bring_state_back(self, context: LaneContext) -> None:
         self.asked += 1
         if self.error is not None:
             raise self.error
-        self.end()
+        context.closed = True
 
     def close(self) -> None:
         self.closed += 1
@@ -109,10 +105,8 @@ class Repeating(Ending):
         super().__init__(job, callbacks)
         self.records: list[Any] = []
 
-    def process(
-        self, entries: Sequence[Entry], gate: AbstractContextManager[Any], closing: Callable[[], bool], tally: Tally
-    ) -> BatchResult:
-        result = super().process(entries, gate, closing, tally)
+    def run_batch(self, entries: Sequence[Entry], context: LaneContext) -> BatchResult:
+        result = super().run_batch(entries, context)
         self.records += result.records
         return BatchResult(list(self.records), result.done, result.failure)
 
@@ -121,100 +115,157 @@ NOTE, END = 0, 1
 """The first callback's handlers."""
 
 
+class NoThreads(LaneThreads):
+    """The tests work on the lane themselves."""
+
+    def wake(self, lane: Workable) -> None: ...
+
+    def relieve(self) -> None: ...
+
+
 def make(
     *callbacks: Logger,
     kind: Callable[[Job, Sequence[Callback]], Ending] = Ending,
-    surface: Callable[[Callable[[], None]], None] = lambda raise_it: raise_it(),
+    leave: Callable[[Callable[[], None]], None] = lambda raise_it: raise_it(),
     on_error: OnError = "raise",
-    hurry: int = 1000,
-) -> tuple[Driver, Ending]:
+    linger_events: int = 1000,
+) -> tuple[Lane, Ending]:
     job = job_of(*callbacks)
     assert [each.handler.attribute for each in job.handlers[:2]] == ["note", "end"]
     transport = kind(job, callbacks)
-    driver = Driver(job, transport, 1 << 30, hurry, surface, on_error)
-    transport.end = driver.end
-    return driver, transport
+    lane = Lane(
+        job, transport, Limits(), NoThreads(), raise_on_training_thread=leave, on_error=on_error,
+        linger_events=linger_events,
+    )  # fmt: skip
+    return lane, transport
 
 
-def put(driver: Driver, *numbers: int, handler: int = NOTE, event: Event | None = None) -> None:
-    """Put events of 8 bytes, as the training thread does it."""
+def put(lane: Lane, *numbers: int, handler: int = NOTE, event: Event | None = None) -> None:
+    """Put events of 8 bytes."""
     for number in numbers:
-        payload = {("batch", "inputs"): number}
-        number, total = driver.received
-        driver.queue.append(Entry(number, handler, event or BatchEnd(), TrainingPhase(), payload, 8, None, total + 8))
+        lane.put(handler, event or BatchEnd(), TrainingPhase(), {("batch", "inputs"): number}, 8)
 
 
-def drive(driver: Driver) -> None:
-    """Do what a lane's thread does, until the transport has been asked for the state."""
-    driver.rush = True
-    driver.drive()
+def work(lane: Lane) -> bool:
+    """Work on the lane once, as a thread of lanes does it, if it is due; return whether it was."""
+    due = lane.due()
+    if due is None or due > time.monotonic():
+        return False
+    assert lane.begin()
+    assert not lane.begin(), "one thread at a time"
+    lane.work()
+    return True
+
+
+def drive(lane: Lane) -> None:
+    """Work on the lane until the transport has been asked for the state, which ends the lane."""
+    lane.process_soon()
+    while not lane._ended:
+        assert work(lane)
 
 
 def test_what_waits_is_processed_in_order_and_counted() -> None:
     sink = Together()
     callback = Logger(sink)
-    driver, transport = make(callback)
-    put(driver, *range(100))
-    drive(driver)
+    lane, transport = make(callback)
+    put(lane, *range(100))
+    drive(lane)
     assert callback.seen == sink.numbers == list(range(100))
-    assert (driver.received, driver.done, driver.collected, driver.tally.records) == ((100, 800), 100, 100, 100)
-    assert driver.done_bytes == 800
-    assert not driver.rush, "it is at home"
+    report = lane.report()
+    assert (report.events, report.done, report.bytes, report.counts.records) == (100, 100, 0, 100)
+    assert (lane._brought_back, lane._flushing) == (100, False)
     assert (len(transport.batches), transport.asked, transport.closed) == (2, 1, 1), "64 events, then the others"
 
 
 def test_records_are_written_together_but_not_too_many() -> None:
     sink = Together()
-    driver, _ = make(Logger(sink, times=600))
-    put(driver, 7)
-    drive(driver)
+    lane, _ = make(Logger(sink, times=600))
+    put(lane, 7)
+    drive(lane)
     assert sink.together == [256, 256, 88]
 
 
 def test_an_abandoned_lane_writes_no_more_than_it_has_begun() -> None:
     """By then the sinks are being closed."""
     sink = Together()
-    driver, _ = make(Logger(sink, times=600))
+    lane, _ = make(Logger(sink, times=600))
 
     def abandon() -> None:
-        driver.abandoned = True
+        lane._records.abandoned = True
 
     sink.after = abandon
-    put(driver, 7)
-    drive(driver)
+    put(lane, 7)
+    drive(lane)
     assert sink.together == [256]
 
 
 def test_records_that_are_handed_back_again_are_written_once() -> None:
     """Rule 25: whatever was run again."""
     sink = Together()
-    driver, transport = make(Logger(sink), kind=Repeating)
-    put(driver, *range(100))
-    drive(driver)
+    lane, transport = make(Logger(sink), kind=Repeating)
+    put(lane, *range(100))
+    drive(lane)
     assert len(transport.batches) > 1
     assert sink.numbers == list(range(100))
 
 
 def test_events_gather_until_there_are_enough() -> None:
     """The linger is an hour, so nothing else can be why."""
-    callback = Logger(Together())
-    driver, transport = make(callback, hurry=5)
+    lane, transport = make(Logger(Together()), linger_events=5)
     transport.linger = 3600
-    driver.taken_at = time.monotonic()
-    put(driver, *range(4))
-    thread = threading.Thread(target=driver.drive)
-    thread.start()
-    try:
-        time.sleep(0.05)
-        assert transport.batches == []
-        put(driver, 4)
-        driver.wake.set()
-        wait_for(lambda: driver.done == 5)
-        assert transport.batches == [5]
-    finally:
-        driver.end()
-        thread.join(20)
-    assert (thread.is_alive(), transport.closed) == (False, 1)
+    put(lane, *range(4))
+    assert not work(lane)
+    put(lane, 4)
+    assert work(lane)
+    assert transport.batches == [5]
+
+
+def test_the_linger_begins_with_the_first_event_or_with_the_last_batch() -> None:
+    lane, transport = make(Logger(Together()))
+    transport.linger = 3600
+    assert lane.due() is None
+    begin = time.monotonic()
+    put(lane, 0)
+    first = lane.due()
+    assert first is not None
+    assert begin + 3600 <= first <= time.monotonic() + 3600
+    put(lane, 1)
+    assert lane.due() == first
+    lane.process_soon()
+    assert work(lane)
+    lane._flushing, transport.linger = False, 3600
+    put(lane, 2)
+    second = lane.due()
+    assert second is not None
+    assert first < second
+
+
+def test_a_lane_that_stands_still_is_not_due_and_another_event_sets_it_going() -> None:
+    callback = Logger(Together())
+    lane, _ = make(callback)
+    put(lane, 0)
+    assert lane.pause(0)
+    lane._flushing = True
+    assert not work(lane)
+    assert lane.unprocessed()[0][0].sequence == 0
+    put(lane, 1)
+    assert work(lane)
+    assert callback.seen == [0, 1]
+
+
+def test_a_state_that_was_not_brought_back_because_of_a_pause_is_asked_for_again() -> None:
+    """Rule 26: the callbacks would keep an older state."""
+    lane, transport = make(Logger(Together()))
+    put(lane, 0)
+    assert lane.due() is not None
+    lane.process_soon()
+    assert work(lane)
+    transport.error = Abandoned()
+    assert work(lane)
+    assert (lane._brought_back, lane._flushing, transport.asked) == (0, True, 1)
+    transport.error = None
+    assert work(lane)
+    assert (lane._brought_back, transport.asked) == (1, 2)
 
 
 def test_a_sink_that_fails_surfaces_and_the_next_event_is_written() -> None:
@@ -222,19 +273,19 @@ def test_a_sink_that_fails_surfaces_and_the_next_event_is_written() -> None:
     sink.full = True
     raised: list[str] = []
 
-    def surface(raise_it: Callable[[], None]) -> None:
+    def leave(raise_it: Callable[[], None]) -> None:
         with pytest.raises(OSError, match="no space left") as caught:
             raise_it()
         raised.append(str(caught.value))
         sink.full = False
-        put(driver, 2)
+        put(lane, 2)
 
-    driver, _ = make(Logger(sink), surface=surface)
-    put(driver, 1)
-    drive(driver)
+    lane, _ = make(Logger(sink), leave=leave)
+    put(lane, 1)
+    drive(lane)
     assert raised == ["no space left"]
     assert sink.numbers == [2]
-    assert (driver.done, driver.failure) == (2, None)
+    assert (lane.report().done, lane.failure) == (2, None)
 
 
 def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
@@ -247,11 +298,11 @@ def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
 
     other.after = recover
     failures: list[Callable[[], None]] = []
-    driver, transport = make(Logger(failing, other, name="both"), Logger(other, name="one"), surface=failures.append)
+    lane, transport = make(Logger(failing, other, name="both"), Logger(other, name="one"), leave=failures.append)
     for number in range(0, 500, 2):
-        put(driver, number)
-        put(driver, number + 1, handler=2)  # the second callback's
-    drive(driver)
+        put(lane, number)
+        put(lane, number + 1, handler=2)  # the second callback's
+    drive(lane)
     assert other.numbers == list(range(transport.batches[0]))
     assert len(other.records) == 64
     assert failing.records == []
@@ -265,46 +316,41 @@ def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> 
     callback = Logger(sink, bad=[2])
     written: list[list[int]] = []
 
-    def surface(raise_it: Callable[[], None]) -> None:
+    def leave(raise_it: Callable[[], None]) -> None:
         written.append(list(sink.numbers))
-        put(driver, 4)
+        put(lane, 4)
         with pytest.raises(ValueError, match="bad number 2"):
             raise_it()
         raise_it()  # raised once
-        put(driver, 5)
+        put(lane, 5)
 
-    driver, _ = make(callback, surface=surface)
-    put(driver, 0, 1, 2, 3)
-    put(driver, 0, handler=END, event=FitEnd())
-    drive(driver)
+    lane, _ = make(callback, leave=leave)
+    put(lane, 0, 1, 2, 3)
+    put(lane, 0, handler=END, event=FitEnd())
+    drive(lane)
     assert written == [[0, 1]]
     assert callback.seen == [0, 1, "end", 5]
-    assert driver.tally.skipped == 2
-    assert driver.tally.last_error == "ValueError: bad number 2"
-    assert (driver.done, driver.done_bytes) == driver.received
+    report = lane.report()
+    assert (report.counts.skipped, report.counts.last_error) == (2, "ValueError: bad number 2")
+    assert (report.pending, report.bytes) == (0, 0)
 
 
 def test_until_the_failure_is_raised_nothing_else_is_run() -> None:
     failures: list[Callable[[], None]] = []
     callback = Logger(Together(), bad=[0])
-    driver, _ = make(callback, surface=failures.append)
-    put(driver, 0, 1)
-    put(driver, 0, handler=END, event=FitEnd())
-    thread = threading.Thread(target=driver.drive)
-    thread.start()
-    try:
-        wait_for(lambda: failures)
-        put(driver, 2)
-        driver.wake.set()
-        wait_for(lambda: driver.tally.skipped == 2)
-        assert callback.seen == []
-        assert driver.received[0] - driver.done == 1, "the end of the fit waits"
-        with pytest.raises(ValueError, match="bad number 0"):
-            driver.raise_failure()
-        wait_for(lambda: callback.seen == ["end"])
-    finally:
-        driver.end()
-        thread.join(20)
+    lane, _ = make(callback, leave=failures.append)
+    put(lane, 0, 1)
+    put(lane, 0, handler=END, event=FitEnd())
+    assert work(lane)
+    assert len(failures) == 1
+    assert not work(lane), "the end of the fit waits, and nobody looks again and again"
+    put(lane, 2)
+    assert work(lane)
+    assert (callback.seen, lane.report().counts.skipped, lane.report().pending) == ([], 2, 1)
+    with pytest.raises(ValueError, match="bad number 0"):
+        lane.raise_failure()
+    assert work(lane)
+    assert callback.seen == ["end"]
 
 
 def test_with_warn_it_retires(caplog: pytest.LogCaptureFixture) -> None:
@@ -312,14 +358,15 @@ def test_with_warn_it_retires(caplog: pytest.LogCaptureFixture) -> None:
     failures: list[Callable[[], None]] = []
     sink = Together()
     callback = Logger(sink, bad=[1])
-    driver, _ = make(callback, surface=failures.append, on_error="warn")
-    put(driver, 0, 1, 2)
-    put(driver, 0, handler=END, event=FitEnd())
-    drive(driver)
+    lane, _ = make(callback, leave=failures.append, on_error="warn")
+    put(lane, 0, 1, 2)
+    put(lane, 0, handler=END, event=FitEnd())
+    drive(lane)
     assert (callback.seen, sink.numbers, failures) == ([0], [0], [])
-    assert (driver.retired, driver.refuses, driver.failure) == (True, True, None)
-    assert (driver.done, driver.tally.skipped) == (4, 2)
-    assert driver.tally.last_error == "ValueError: bad number 1"
+    report = lane.report()
+    assert (report.retired, lane.refuses, lane.failure) == (True, True, None)
+    assert (report.done, report.counts.skipped) == (4, 2)
+    assert report.counts.last_error == "ValueError: bad number 1"
     assert "retires lane Logger, its callbacks see no more events: ValueError: bad number 1 (raised in" in caplog.text
 
 
@@ -327,90 +374,48 @@ def test_a_state_that_cannot_be_brought_home_is_not_asked_for_again_and_again() 
     """Whoever waits for it gets the failure."""
     failures: list[Callable[[], None]] = []
 
-    def surface(raise_it: Callable[[], None]) -> None:
+    def leave(raise_it: Callable[[], None]) -> None:
         failures.append(raise_it)
-        driver.end()
+        lane._context.closed = True
 
-    driver, transport = make(Logger(Together()), surface=surface)
+    lane, transport = make(Logger(Together()), leave=leave)
     transport.error = ConnectionError("it is gone")
-    put(driver, 0)
-    drive(driver)
-    assert (driver.collected, driver.rush, transport.asked) == (1, False, 1)
+    put(lane, 0)
+    drive(lane)
+    assert (lane._brought_back, lane._flushing, transport.asked) == (1, False, 1)
     with pytest.raises(ConnectionError, match="it is gone"):
         failures[0]()
 
 
 def test_it_ends_without_a_failure_when_the_transport_has_stopped_waiting() -> None:
+    class Closed(Ending):
+        def bring_state_back(self, context: LaneContext) -> None:
+            super().bring_state_back(context)
+            raise Abandoned
+
     failures: list[Callable[[], None]] = []
-    driver, transport = make(Logger(Together()), surface=failures.append)
-    transport.error = Abandoned()
-    put(driver, 0)
-    drive(driver)
-    assert (failures, driver.failure, transport.closed) == ([], None, 1)
+    lane, transport = make(Logger(Together()), kind=Closed, leave=failures.append)
+    put(lane, 0)
+    drive(lane)
+    assert (failures, lane.failure, transport.closed) == ([], None, 1)
+    lane.close()
+    assert transport.closed == 1
 
 
 def test_the_copy_in_a_forked_child_finds_no_lock_taken_and_nothing_to_do(tmp_path: Path) -> None:
     """Rule 30: whoever held its gate is not there."""
     backend = JsonlBackend(tmp_path / "log.jsonl")
     backend.open(Run("run"))
-    driver, transport = make(Logger(backend))
+    lane, transport = make(Logger(backend))
     file = vars(backend)["_file"]
     try:
-        put(driver, 0, 1)
-        assert driver.gate.hold(0)
-        driver.orphan()
-        assert driver.gate.hold(0)
-        assert (driver.closed, driver.refuses, transport.closed) == (True, True, 1)
-        assert (list(driver.queue), driver.done, driver.done_bytes) == ([], 2, 16)
+        put(lane, 0, 1)
+        assert lane.gate.hold(0)
+        lane.become_forked_copy()
+        assert lane.gate.hold(0)
+        assert (work(lane), lane.refuses, transport.closed) == (False, True, 1)
+        report = lane.report()
+        assert (report.events, report.done, report.bytes) == (2, 2, 0)
         assert vars(backend)["_file"] is None, "it never writes"
     finally:
         file.close()
-
-
-# --- how many entries make a batch (rules 23 and 24)
-
-
-def entries(count: int, nbytes: int = 8) -> deque[Entry]:
-    return deque(Entry(number, 0, BatchEnd(), TrainingPhase(), None, nbytes) for number in range(count))
-
-
-@pytest.mark.parametrize(
-    ("seconds", "events", "taken"),
-    [(0.0, 0, 64), (2.0, 1, 1), (1.0, 100, 100), (1e-6, 1, 4096)],
-    ids=["not known yet", "slower than a second", "a second's worth", "never more"],
-)
-def test_a_batch_takes_about_a_second(seconds: float, events: int, taken: int) -> None:
-    batches = Batches(entries(5000), 1 << 30)
-    if events:
-        batches.took(seconds, events)
-    assert len(batches.take()) == taken
-
-
-def test_a_batch_is_a_small_part_of_the_limit_and_one_entry_at_least() -> None:
-    batches = Batches(entries(10, nbytes=50), 1000)
-    assert [one.sequence for one in batches.take()] == [0, 1]
-    assert [one.sequence for one in Batches(entries(3, nbytes=5000), 1000).take()] == [0]
-
-
-def test_what_is_put_back_comes_next_in_its_order() -> None:
-    queue = entries(4)
-    batches = Batches(queue, 1 << 30)
-    batch = batches.take()
-    queue.append(Entry(4, 0, BatchEnd(), TrainingPhase(), None, 8))
-    batches.put_back(batch[1:])
-    assert [one.sequence for one in batches.take()] == [1, 2, 3, 4]
-
-
-def test_all_is_drained() -> None:
-    batches = Batches(entries(100), 1 << 30)
-    assert len(batches.drain()) == 100
-    assert batches.take() == []
-
-
-def test_how_large_a_batch_is_may_change_within_what_the_limit_allows() -> None:
-    batches = Batches(entries(100, nbytes=10), 1000, largest=50)
-    assert (batches.largest, len(batches.take())) == (50, 5)
-    batches.fill(100)
-    assert (batches.largest, len(batches.take())) == (100, 10)
-    batches.fill(1 << 30)
-    assert (batches.largest, len(batches.take())) == (125, 12)
