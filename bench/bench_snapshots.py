@@ -18,6 +18,7 @@ from flowtrain import Access, Learner, Read, TrainingPhase
 from flowtrain.callback.access import declare
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
+from flowtrain.state.encoding import Buffers, Packer
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import Parameters
 from flowtrain.state.series import SeriesMap
@@ -117,11 +118,12 @@ def histories(report: Report, name: str) -> None:
 def taken(learner: Learner) -> Callable[[], None]:
     """Return a function that copies the state of a learner for a checkpoint."""
     loop = learner.loop
-    changes = loop.checkpoints.changes
+    changes, buffers = loop.checkpoints.changes, Buffers()
 
     def take() -> None:
-        """Copy the state, and release it."""
-        gather(loop.state, loop.core, changes)
+        """Copy the state as when the checkpoint before has been written."""
+        buffers.begin(written=True)
+        gather(loop.state, loop.core, changes, Packer([], buffers))
 
     return take
 

@@ -8,7 +8,7 @@ refuses all others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from os import PathLike, fspath
 from pathlib import Path
@@ -173,3 +173,14 @@ class CheckpointRequest:
     judged: bool = False
     decide: Callable[[bool], tuple[bool, Iterable[str]]] | None = None
     loads: bool = False
+
+    def decided(self, finite: bool) -> CheckpointRequest:
+        """Return the request with its callback's decision which files to remove, and whether this is the best.
+
+        A checkpoint with values that are not finite is never the best, and replaces no other.
+        """
+        best, remove = self.best and finite, self.remove if finite else ()
+        if self.decide is not None:
+            best, unwanted = self.decide(finite)
+            remove = tuple(unwanted)
+        return replace(self, best=best, remove=remove)

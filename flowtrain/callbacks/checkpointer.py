@@ -56,7 +56,7 @@ class Checkpointer(Callback):
       `Recorder`; with `every_steps`, ``cbstate.history`` at `BatchEnd`; and ``data`` and ``callbacks`` at `FitBegin`.
       Writes no state: it requests checkpoints, and the loop takes each when the event has ended.
     - Costs a comparison an epoch, and for each checkpoint a copy of the state to the CPU; the copy is written
-      while training continues.
+      while training continues, and its memory is kept for the next one until the fit ends.
 
     Args:
         folder: The folder, which is made if it does not exist; or the address of a folder of a remote file system, such

@@ -18,7 +18,7 @@ from flowtrain.data.nested import like
 from flowtrain.errors import CheckpointError
 from flowtrain.state.shards import Pieces, is_sharded, own_pieces
 
-__all__ = ["SAME", "SHARDED", "STORABLE", "Packer", "in_types_of", "phase_of", "unpack"]
+__all__ = ["SAME", "SHARDED", "STORABLE", "Buffers", "Packer", "in_types_of", "phase_of", "unpack"]
 
 STORABLE = frozenset({type(None), bool, int, float, complex, str, bytes, torch.dtype})
 """The types of plain values that are no containers. Values of subclasses are not plain: a file loses the subclass."""
@@ -31,6 +31,52 @@ SHARDED = "the number of a sharded tensor"
 """A key of a mapping that stands for a sharded tensor, whose pieces are in the files of all ranks."""
 
 
+_LARGE = 1 << 16
+"""The bytes from which a tensor is copied into a buffer. The system reuses the memory of smaller ones by itself."""
+
+
+class Buffers:
+    """The memory of the checkpoint before, once it has been written: the next one is copied into it.
+
+    Memory that is new has to be given by the system page by page, which takes several times as long as the copy.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
+        self._used: list[torch.Tensor] = []
+
+    def begin(self, *, written: bool) -> None:
+        """Begin a checkpoint.
+
+        Args:
+            written: Whether the checkpoint before has been written. Otherwise its memory is left to the writer.
+        """
+        self._free = {}
+        for buffer in self._used if written else ():
+            self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
+        self._used = []
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy on the CPU."""
+        if not _is_plain(tensor) or tensor.nbytes < _LARGE:
+            return tensor.detach().to("cpu", copy=True)
+        free = self._free.get((tensor.shape, tensor.dtype))
+        buffer = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype)
+        self._used.append(buffer)
+        return buffer.copy_(tensor.detach())
+
+    def clear(self) -> None:
+        """Release the memory."""
+        self._free, self._used = {}, []
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Tell whether a tensor consists of elements one after another, so that shape and dtype tell how to copy it."""
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+        return False
+    return not tensor.is_nested and not tensor.is_quantized and tensor.is_contiguous()
+
+
 class Packer:
     """Copies values for one checkpoint. Tensors that share their memory share it in the copy too.
 
@@ -38,10 +84,12 @@ class Packer:
         pieces: A list, to which the pieces of each sharded tensor are added that this rank has; the copy has a mapping
             with the key `SHARDED` instead of the tensor. All ranks copy the same values in the same order, so a tensor
             has the same number on all of them. Without a list sharded tensors stay sharded, on their device.
+        buffers: Memory for the copies of large tensors; new memory by default.
     """
 
-    def __init__(self, pieces: list[Any] | None = None) -> None:
+    def __init__(self, pieces: list[Any] | None = None, buffers: Buffers | None = None) -> None:
         self.pieces = pieces
+        self.buffers = Buffers() if buffers is None else buffers
         # Each tensor is held with its clone: if it were freed, the next one could get its address.
         self._clones: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
         self._around: list[int] = []  # the ids of the containers that are being copied, from the outside inwards
@@ -115,7 +163,7 @@ class Packer:
             view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
             key = (place, tensor.device, tensor.dtype, *view)
         if key not in self._clones:
-            self._clones[key] = tensor, tensor.detach().to("cpu", copy=True)
+            self._clones[key] = tensor, self.buffers.copy(tensor)
         return self._clones[key][1]
 
     def pack(self, value: Any, path: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 
 from flowtrain import CheckpointError, Phase, TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.encoding import Packer, phase_of
+from flowtrain.state.encoding import Buffers, Packer, phase_of
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import SeriesMap
 from flowtrain.testing import tiny_learner
@@ -27,6 +27,63 @@ def test_copies_are_nobody_elses_and_share_what_was_shared() -> None:
     assert copy["a"] is copy["b"]
     assert copy["a"].tolist() == [0, 0, 0]
     assert copy["c"]["deep"][0].tolist() == [1]
+
+
+# --- buffers
+
+
+def test_the_memory_of_a_checkpoint_that_was_written_is_filled_again() -> None:
+    """Two tensors of one shape have two buffers, and one that is new, or of another dtype, has new memory."""
+    buffers, one = Buffers(), torch.ones(20_000)
+    other = {"a": one, "b": one + 1, "c": one.double()}
+    buffers.begin(written=True)
+    first = Packer(buffers=buffers).copy(other, "x")
+    places = {name: copied.data_ptr() for name, copied in first.items()}
+    for tensor in other.values():
+        tensor += 5
+    buffers.begin(written=True)
+    second = Packer(buffers=buffers).copy({**other, "d": one + 2}, "x")
+    assert {second[name].data_ptr() for name in "abc"} == set(places.values())
+    assert [second[name][0].item() for name in "abcd"] == [6, 7, 6, 8]
+    assert second["d"].data_ptr() not in places.values()
+    assert all(copied.untyped_storage().nbytes() == copied.nbytes for copied in second.values())
+
+
+def test_memory_that_is_being_written_is_not_filled_again() -> None:
+    buffers, tensor = Buffers(), torch.ones(20_000)
+    buffers.begin(written=True)
+    first = Packer(buffers=buffers).copy(tensor, "x")
+    tensor += 1
+    buffers.begin(written=False)
+    second = Packer(buffers=buffers).copy(tensor, "x")
+    buffers.begin(written=True)
+    tensor += 1
+    third = Packer(buffers=buffers).copy(tensor, "x")
+    assert (first[0], third[0]) == (1, 3)
+    assert third.data_ptr() == second.data_ptr() != first.data_ptr()
+    buffers.clear()
+    buffers.begin(written=True)
+    assert Packer(buffers=buffers).copy(tensor, "x").data_ptr() != third.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.ones(200, 300).T,
+        torch.ones(1).expand(50_000),
+        torch.ones(50_000).to_sparse(),
+        torch.complex(torch.ones(50_000), torch.ones(50_000)).conj(),
+        torch.ones(10),
+    ],
+    ids=["transposed", "expanded", "sparse", "conjugate", "small"],
+)
+def test_other_tensors_are_copied_as_before(tensor: torch.Tensor) -> None:
+    copied = Buffers().copy(tensor)
+    assert (copied.layout, copied.dtype) == (tensor.layout, tensor.dtype)
+    assert torch.equal(copied.to_dense().resolve_conj(), tensor.to_dense().resolve_conj())
+
+
+# --- errors
 
 
 @pytest.mark.parametrize(

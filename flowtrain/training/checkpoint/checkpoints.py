@@ -15,7 +15,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ from flowtrain.graph.clock import spanning
 from flowtrain.graph.executor import Executor, Mailbox, Resumable, Site
 from flowtrain.logging.backend import Run
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.encoding import Packer, phase_of
+from flowtrain.state.encoding import Buffers, Packer, phase_of
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.changes import Changes
 from flowtrain.training.checkpoint.contents import (
@@ -102,6 +101,7 @@ class Checkpoints:
         self._executor = executor
         self._resumable = executor if isinstance(executor, Resumable) else None
         self._mailbox = mailbox
+        self._buffers = Buffers()
         self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
         self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
         self._again: Mapping[str, Any] | None = None  # the same as `resumed`, until the fit is back at its position
@@ -146,7 +146,7 @@ class Checkpoints:
         finite = self._is_finite()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
         failures: list[BaseException] = []
-        for request in [_decide(request, finite) for request in requests]:
+        for request in [request.decided(finite) for request in requests]:
             try:
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
@@ -194,6 +194,7 @@ class Checkpoints:
         """Forget the requests and the position of the fit, which is over."""
         self.drop_requests()
         self.release_resumed()
+        self._buffers.clear()
         if self.position.stream is not None:
             self.position.stream.close()
         self.position = Position()
@@ -205,6 +206,7 @@ class Checkpoints:
 
     def _gather(self, judged: bool) -> dict[str, Any]:
         packer = Packer()
+        self._buffers.begin(written=self.writer.idle)
         lanes: Any = None
         if self._resumable is not None:
             lanes = packer.copy(self._resumable.state_dict(), f"the executor {self._executor.name!r}")
@@ -212,7 +214,7 @@ class Checkpoints:
             self._executor.flush()
         # The random state is read after `gather`, because the `state_dict` of a callback may draw numbers.
         return {
-            **gather(self._state, self._core, self.changes, judged=judged),
+            **gather(self._state, self._core, self.changes, Packer([], self._buffers), judged=judged),
             "random": {**random_state(), "own": self._state.draws.state_dict()},
             "loaders": {repr(phase): loader_state(loader) for phase, loader in self._state.data.items()},
             "position": self.position.state_dict(self._scopes.batch_number),
@@ -315,7 +317,7 @@ class Checkpoints:
         run = contents["run"]
         self._executor.flush()  # as in `load`
         with self._trained():
-            before = gather(self._state, self._core, self.changes, in_memory=True)
+            before = gather(self._state, self._core, self.changes, Packer())
             lanes = None if self._resumable is None else self._resumable.state_dict()
             apply(contents, self._state, self._core, self.changes, before)
             try:
@@ -434,15 +436,3 @@ class Checkpoints:
                 set_loader_state(loader, state, own=between)
         set_random_state(contents["random"])
         self._state.draws.load_state_dict(contents["random"].get("own"))
-
-
-def _decide(request: CheckpointRequest, finite: bool) -> CheckpointRequest:
-    """Return the request with its callback's decision which files to remove, and whether this checkpoint is the best.
-
-    A checkpoint with values that are not finite is never the best, and replaces no other.
-    """
-    best, remove = request.best and finite, request.remove if finite else ()
-    if request.decide is not None:
-        best, unwanted = request.decide(finite)
-        remove = tuple(unwanted)
-    return replace(request, best=best, remove=remove)

@@ -67,7 +67,7 @@ _COMPILED = "_orig_mod."
 
 
 def gather(
-    state: LearnerState, core: TorchCore, changes: Changes, *, judged: bool = False, in_memory: bool = False
+    state: LearnerState, core: TorchCore, changes: Changes, packer: Packer, *, judged: bool = False
 ) -> dict[str, Any]:
     """Return the state of a learner, copied to the CPU, without the entries of its fit.
 
@@ -75,8 +75,9 @@ def gather(
         state: The state of the learner.
         core: The core of the learner.
         changes: The changes that training has made to modules and optimizers.
+        packer: Copies the values. Without a list of pieces the copy never leaves this process, so that it may hold
+            unpicklable objects.
         judged: Whether ``model`` is to hold the parameters that evaluation judges.
-        in_memory: Whether the copy never leaves this process, so that it may hold unpicklable objects.
 
     Returns:
         The entries by name. If the model is sharded, and the copy leaves this process, ``shards`` has the pieces that
@@ -85,20 +86,17 @@ def gather(
     Raises:
         CheckpointError: A callback, ``cbstate`` or a module holds an object that a checkpoint cannot.
     """
-    packer = Packer(None if in_memory else [])
     with ExitStack() as rest:  # a callback undoes temporary changes while it is at rest, so that they are not saved
         for callback in state.callbacks:
             rest.enter_context(callback.at_rest())
-        contents = _gather(state, core, changes, packer, in_memory)
+        contents = _gather(state, core, changes, packer)
         if judged and [callback for callback in state.callbacks if callback.hold_judged(True)]:
-            judging = _models(core, Packer(packer.pieces))
+            judging = _models(core, Packer(packer.pieces, packer.buffers))
             contents |= {"version": JUDGED, "trained": contents["model"], "model": judging}
         return {**contents, "shards": packer.pieces} if packer.pieces else contents
 
 
-def _gather(
-    state: LearnerState, core: TorchCore, changes: Changes, packer: Packer, in_memory: bool
-) -> dict[str, Any]:
+def _gather(state: LearnerState, core: TorchCore, changes: Changes, packer: Packer) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -106,7 +104,7 @@ def _gather(
         "torch": str(torch.__version__),
         "model": _models(core, packer),
         "loss module": packer.copy(_state_of(state.lossfn), "the loss function"),
-        "structure": changes.state_dict(packer, here=in_memory),
+        "structure": changes.state_dict(packer, here=packer.pieces is None),
         "optimizer": {
             name: {
                 "type": type(each).__name__,
@@ -326,7 +324,7 @@ def apply(
     Raises:
         CheckpointError: A callback refused its state. The learner is in its earlier state again.
     """
-    before = gather(state, core, changes, in_memory=True) if before is None else before
+    before = gather(state, core, changes, Packer()) if before is None else before
     try:
         _apply(contents, state, core, changes)
     except BaseException:

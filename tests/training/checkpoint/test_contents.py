@@ -46,6 +46,7 @@ from flowtrain.callbacks import (
 )
 from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import accuracy
+from flowtrain.state.encoding import Packer
 from flowtrain.testing import tiny_learner
 from flowtrain.training.checkpoint.contents import gather
 from tests.support.logs import log_records
@@ -72,7 +73,7 @@ def folder(tmp_path: Path) -> Path:
 
 def state_of(learner: Learner) -> str:
     """Return all state of a learner that loading a checkpoint could change."""
-    contents = gather(learner.state, learner.core, learner.loop.checkpoints.changes)
+    contents = gather(learner.state, learner.core, learner.loop.checkpoints.changes, Packer([]))
     return repr([contents, torch.get_rng_state().sum(), learner.loop.scopes.numbers, learner.loop.sinks.run])
 
 

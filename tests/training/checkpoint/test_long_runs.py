@@ -181,7 +181,7 @@ def test_the_memory_of_a_load_is_the_checkpoint_and_one_copy_of_the_state(tmp_pa
             Counts.made += found.nbytes if made and found.nbytes > 1000 else 0
             return found
 
-    model = torch.nn.Sequential(torch.nn.Linear(1, 1000), torch.nn.Linear(1000, 1))
+    model = torch.nn.Sequential(torch.nn.Linear(1, 20_000), torch.nn.Linear(20_000, 1))
     size = sum(param.nbytes for param in model.parameters() if param.nbytes > 1000)
     learner = tiny_learner(Checkpointer(tmp_path), model=model, n_batches=1)
     learner.fit(1)
@@ -192,6 +192,9 @@ def test_the_memory_of_a_load_is_the_checkpoint_and_one_copy_of_the_state(tmp_pa
     assert Counts.made == size
     del contents
     Counts.made = 0
+    with counts:
+        inside._gather(False)  # into the memory of the one before
+    assert Counts.made == 0
     with counts:
         learner.load(tmp_path)
     assert Counts.made == size
