@@ -24,6 +24,7 @@ from flowtrain.callbacks.timeline import timing
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.dry_run import DryRun, dry_run
 from flowtrain.diagnostics.history import History
+from flowtrain.diagnostics.report.page import write_learner
 from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.diagnostics.sync_audit import SyncReport, audit
@@ -245,6 +246,10 @@ class Learner:
     def plot(self, *metrics: str, to: str | PathLike[str] | None = None) -> Any:
         """Draw the named metrics, or all recorded ones; return a matplotlib figure (`flowtrain.diagnostics.plots`)."""
         return self.history.plot(*metrics, to=to)
+
+    def report(self, path: str | PathLike[str]) -> None:
+        """Write a page of HTML that shows the learner, with bokeh; `UsageError` if it cannot (``docs/report.md``)."""
+        write_learner(self.state, self.executor, path)
 
     def flush(self) -> None:
         """Wait until the executor has done everything that it was given and all checkpoints are written."""

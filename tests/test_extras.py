@@ -57,6 +57,7 @@ for make in (
     lambda: tiny_learner(executor="dask"),
     lambda: tiny_learner().plot(),
     lambda: tiny_learner().history.to_pandas(),
+    lambda: tiny_learner().report("report.html"),
     lambda: train(TensorBoardBackend("board")),
     lambda: train(MLflowBackend("e")),
     lambda: train(WandbBackend("p")),
@@ -133,6 +134,17 @@ with tiny_learner() as learner:
     learner.plot(to="curves.png")
 print(os.path.getsize("curves.png") > 1000)
 """,
+    "report": """
+import io
+from contextlib import redirect_stdout
+from flowtrain.diagnostics.report.command import main
+with tiny_learner(LogMetrics(JsonlBackend("run/log.jsonl"))) as learner:
+    learner.fit(1)
+    learner.report("page.html")
+with redirect_stdout(io.StringIO()):
+    print(main(["report", "run"]))
+print(os.path.getsize("page.html") < 2e6, os.path.getsize("run/report.html") < 2e6)
+""",
     "dask": """
 from flowtrain_dask import DaskExecutor
 if __name__ == "__main__":
@@ -152,6 +164,7 @@ group,step,Loss
 ExecutorError 'flowtrain[dask]'
 UsageError 'flowtrain[plot]'
 UsageError 'flowtrain[pandas]'
+UsageError 'flowtrain[report]'
 LoggingError 'flowtrain[tensorboard]'
 LoggingError 'flowtrain[mlflow]'
 LoggingError 'flowtrain[wandb]'
@@ -169,6 +182,7 @@ LoggingError 'flowtrain[wandb]'
     "torchdata": "{TrainingPhase: Counts(epochs=2, steps=6, steps_epoch=3, updates=6)}\n",
     "transformers": "True\n",
     "plot": "True\n",
+    "report": "True True\n",
     "dask": "True\nTrue\n",
     "examples": "flowtrain.examples.digits\n",
 }

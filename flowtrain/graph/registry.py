@@ -139,7 +139,12 @@ class Callbacks(Sequence[Callback]):
     @property
     def graph(self) -> CallbackGraph:
         """The dependency graph over all known events: callbacks by name, each edge with ``reason`` and ``events``."""
-        return to_networkx(self._nodes, {key: order for key, order in self._known.items() if order.nodes})
+        return to_networkx(self._nodes, {key: self._known[key] for key in self.known})
+
+    @property
+    def known(self) -> list[_Key]:
+        """The pairs of an event type and a phase type that have handlers, in the order in which a fit fires them."""
+        return [key for key, order in self._known.items() if order.nodes]
 
     def plan(self, event_type: type[Event], phase_type: type[Phase]) -> Plan:
         """Return the plan for an event and phase, which is made at its first use.
@@ -164,9 +169,7 @@ class Callbacks(Sequence[Callback]):
         blocks = []
         if self._peers is not None and self.shared is not None:
             blocks.append(ranks_text(self._nodes, self._peers, self.shared))
-        for (event, phase), order in self._known.items():
-            if not order.nodes:
-                continue
+        for event, phase in self.known:
             plan = self.plan(event, phase)
             note, *more = self._notes(plan).split("\n")
             title = f"{event.__name__}, {phase.__name__}" + (f"  [{note}]" if note else "")
@@ -191,8 +194,7 @@ class Callbacks(Sequence[Callback]):
             UsageError: `event` or `phase` is no type of that kind, or the file cannot be written.
         """
         check_drawn(event, phase)
-        known = (each for each, order in self._known.items() if each[0] is event and order.nodes)
-        plan = self.plan(event, phase or next(known, (event, Phase))[1])
+        plan = self.plan(event, phase or next((met for each, met in self.known if each is event), Phase))
         return draw_plan(plan, self._notes(plan).splitlines(), self.measured.of(plan) or self._costs(plan), to)
 
     def find(self, wanted: type | str) -> Callback | None:
