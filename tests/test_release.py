@@ -91,7 +91,7 @@ def test_what_is_built_can_be_installed_and_trains(tmp_path: Path) -> None:
     with ZipFile(wheel) as file:
         assert {name for name in file.namelist() if name.endswith(".py")} == modules
         others = {name.partition(".dist-info/")[2] or name for name in {*file.namelist()} - modules}
-        described = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+        described = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
         assert others == described | {"flowtrain/py.typed", "flowtrain_dask/py.typed"}
     with tarfile.open(archive) as file:
         held = {name.partition("/")[2] for name in file.getnames()}
