@@ -81,6 +81,7 @@ __all__ = [
     "merge",
     "nearest",
     "raise_worst",
+    "switch",
     "whole_number",
     "without_frames",
 ]
@@ -295,6 +296,27 @@ def whole_number(what: str, value: object, least: int = 1, error: type[Flowtrain
     if not is_whole(value) or (number := int(cast("int", value))) < least:  # an integer of NumPy becomes an `int`
         raise error(f"{what} is a whole number, at least {least}, got {value!r}.")
     return number
+
+
+def switch(call: str, name: str, value: object, error: type[FlowtrainError] = UsageError) -> bool:
+    """Return an argument of a user that is ``True`` or ``False``: any other value, as ``"no"``, would count as true.
+
+    Args:
+        call: The name of the class or function that was called, for the message.
+        name: The name of the argument.
+        value: The argument.
+        error: The type of the error to raise.
+
+    Raises:
+        FlowtrainError: The argument is neither ``True`` nor ``False``.
+
+    >>> switch("EMA", "buffers", "no")
+    Traceback (most recent call last):
+    flowtrain.errors.UsageError: EMA(buffers='no'): buffers is True or False.
+    """
+    if value is not True and value is not False:
+        raise error(f"{call}({name}={value!r}): {name} is True or False.")
+    return value
 
 
 def is_type(value: object, base: type) -> bool:

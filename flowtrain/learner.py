@@ -353,8 +353,8 @@ class Learner:
 
     # --- callbacks
 
-    def get_callback(self, wanted: type[Callback] | str) -> Callback | None:
-        """Return the first callback of a type, subclasses included, or of a name; ``None`` if there is no such one."""
+    def get_callback(self, wanted: type[Callback] | str | Callback) -> Callback | None:
+        """Return the first callback of a type, subclasses included, or of a name, or this one; ``None`` without it."""
         return self.callbacks.find(wanted)
 
     def add_callback(self, callback: Callback) -> None:
@@ -371,8 +371,8 @@ class Learner:
         self._use([new if callback is old else callback for callback in self.callbacks])
         return old
 
-    def remove_callback(self, wanted: type[Callback] | str) -> Callback:
-        """Remove the first callback of a type, subclasses included, or of a name, and return it.
+    def remove_callback(self, wanted: type[Callback] | str | Callback) -> Callback:
+        """Remove the first callback of a type, subclasses included, or of a name, or this one, and return it.
 
         Raises:
             CallbackError: The learner has no such callback.

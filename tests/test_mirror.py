@@ -43,6 +43,7 @@ ELSEWHERE = {
 # The files that test no single module, and their subjects.
 OTHERS = {
     "test_accelerator": "the tests of tests/accelerator, in a process of their own",
+    "test_arguments": "arguments that are refused where they are given, in all callbacks and backends",
     "test_costs": "the numbers of calls that a step may make",
     "test_docs": "the programs in the guides and in the README",
     "test_evaluations": "additional evaluations, in logs, checkpoints and callbacks",

@@ -299,9 +299,10 @@ class Averaging(Callback):
         return [(f"{name}.", each) for name, each in model.items()]
 
     def _placed(self) -> dict[str, torch.Tensor]:
-        """Return the averages on the devices of the weights; the averages of a checkpoint are on the CPU.
+        """Return the averages on the devices and in the dtypes of the weights, which a user may have changed.
 
-        A weight that training has added, or replaced by one of another shape, is its own first average.
+        The averages of a checkpoint are on the CPU. A weight that training has added, or replaced by one of another
+        shape, is its own first average.
         """
         if self.averages.keys() != self._weights.keys():
             self.averages = {name: average for name, average in self.averages.items() if name in self._weights}
@@ -310,8 +311,8 @@ class Averaging(Callback):
             average = self.averages.get(name)
             if average is None or average.shape != weight.shape:
                 new[name] = weight
-            elif average.device != weight.device:
-                self.averages[name] = average.to(weight.device)
+            elif (average.device, average.dtype) != (weight.device, weight.dtype):
+                self.averages[name] = average.to(weight)
         if new:
             self._start({**self.averages, **new})
         return self.averages

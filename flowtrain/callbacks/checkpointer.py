@@ -23,7 +23,7 @@ from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import POINTERS, LearnerView
 from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, Mode, check_monitor, direction, value_of_epoch, watched_phase
-from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, whole_number
+from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, switch, whole_number
 from flowtrain.logging.backend import identity
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.training.checkpoint.files import point
@@ -121,8 +121,6 @@ class Checkpointer(Callback):
         if every_steps is not None:
             every_steps = whole_number("Checkpointer(): every_steps", every_steps)
         check_monitor("Checkpointer", "Loss" if monitor is None else monitor, Phase if phase is None else phase, mode)
-        if not is_a(restore_best, bool):
-            raise UsageError(f"Checkpointer(restore_best={restore_best!r}): restore_best is True or False.")
         if restore_best and monitor is None:
             raise UsageError(
                 "Checkpointer(monitor=None, restore_best=True): without a monitor no epoch is the best. Name the "
@@ -134,7 +132,7 @@ class Checkpointer(Callback):
         self.mode: Mode | None = mode
         self.every = whole_number("Checkpointer(): every", every)
         self.every_steps, self.weights = every_steps, weights is not None
-        self.restore_best = restore_best
+        self.restore_best = switch("Checkpointer", "restore_best", restore_best)
         if every_steps is not None:
             self.conditions = (*self.conditions, Every(BatchEnd, every_steps))
         self._direction: Mode = mode or "min"  # `check_callbacks` replaces it by the mode of the metric
@@ -144,8 +142,8 @@ class Checkpointer(Callback):
         self._ranked_by: list[str | None] = []  # the metric, its mode and the phase that the ranks are of
         self._loaded_from = ""  # the folder that the files of a loaded state are in
         self._latest = self._epoch_file = ""  # the newest file, and the newest one of an epoch
-        self._went_back = False  # whether the loaded state is of this folder, which may have later files
-        self._abandoned: list[str] = []  # these later files, to be removed with the next request
+        self._returned_here = False  # whether the loaded state is of this folder, which may have later files
+        self._abandoned: list[str] = []  # files after the checkpoint that the run went back to, to be removed
         self._removed: list[str] = []  # files that the newest one of an epoch removes after it is written
         self._damaged: list[str] = []  # files whose values are not finite, to be removed with the next request
         self._left_out: tuple[int, float, int] | None = None  # the newest epoch: its number, rank and updates of before
@@ -191,7 +189,7 @@ class Checkpointer(Callback):
         else:
             self._watched = ([each for each in phases if isinstance(each, AbstractValidationPhase)] or phases)[-1]
         self._rank_by(self._ranked_by, [self.monitor, self._direction, repr(self._watched)])
-        if self._went_back and writes:
+        if self._returned_here and writes:
             self._abandon()
         if not event.resumed and not self._latest:  # no state of this class depends on the rank, so all ranks ask
             learner.request_checkpoint(self.folder / _START, decide=self._take_start)
@@ -269,8 +267,8 @@ class Checkpointer(Callback):
         """
         recorded = self._loaded_from or before
         moved = here if recorded == before else os.path.normpath(os.path.join(here, os.path.relpath(recorded, before)))
-        self._went_back = real_path(self.folder) in (recorded, moved)
-        if not self._went_back:
+        self._returned_here = real_path(self.folder) in (recorded, moved)
+        if not self._returned_here:
             self._files, self._damaged = [], []
             self._step_file = self._latest = self._epoch_file = ""
         self._files = [each for each in self._files if (self.folder / each[0]).is_file()]

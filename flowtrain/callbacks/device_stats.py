@@ -6,12 +6,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from numbers import Real
 
 import torch
 
 from flowtrain.callback.access import Access, Read, Write
 from flowtrain.callback.callback import Callback, on
+from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
@@ -45,7 +46,8 @@ class DeviceStats(Callback):
         measure: A function that returns other numbers by name, always with the same names.
 
     Raises:
-        UsageError: `every` is no whole number or below 1, or `measure` does not return numbers by name.
+        UsageError: `every` is no whole number or below 1, or `measure` does not return numbers by name. At a batch: it
+            returns other names than at first.
 
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
@@ -57,14 +59,16 @@ class DeviceStats(Callback):
 
     def __init__(self, every: int = 100, measure: Callable[[], Mapping[str, float]] | None = None) -> None:
         self.every = whole_number("DeviceStats(): every", every)
+        self.conditions = (Every(BatchEnd, self.every),)
         if measure is not None and not callable(measure):
             raise UsageError(f"DeviceStats(measure={measure!r}): measure is a function that returns numbers by name.")
         self.measure: Callable[[], Mapping[str, float]] = _Usage() if measure is None else measure
         found = self.measure()
         if not is_a(found, Mapping) or not found or not all(is_a(name, str) and name for name in found):
-            raise UsageError(f'DeviceStats: measure() returned {found!r}; return numbers by name: {{"Watt": 250.0}}.')
+            raise _no_numbers(found)
+        if not all(is_a(value, Real) or hasattr(value, "numel") for value in found.values()):
+            raise _no_numbers(found)
         self.names = tuple(found)
-        self._counts: dict[str, int] = {}
 
     def state_access(self) -> Access:
         """Declare a read of ``cbstate.history``, and a write of each recorded series."""
@@ -74,20 +78,19 @@ class DeviceStats(Callback):
     @on(BatchEnd)
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Measure and record at every n-th batch."""
-        count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
-        if count % self.every:
-            return
         step, series = learner.cbstate.history[phase].steps, learner.cbstate.tracehistory[phase]
-        for name, value in self.measure().items():
+        found = self.measure()
+        if {*found} != {*self.names}:
+            raise UsageError(
+                f"DeviceStats: measure() returned {sorted(found)}, and {sorted(self.names)} at first; return the same "
+                f"names at every call."
+            )
+        for name, value in found.items():
             series.push(f"Device.{name}", value, step)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches were counted in each phase."""
-        return {"counts": dict(self._counts)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
-        self._counts = dict(state["counts"])
+def _no_numbers(found: object) -> UsageError:
+    return UsageError(f'DeviceStats: measure() returned {found!r}; return numbers by name: {{"Watt": 250.0}}.')
 
 
 class _Usage:

@@ -9,7 +9,7 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowtrain.callbacks.averaging import Averaging
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError, is_a, switch
 
 __all__ = ["EMA"]
 
@@ -51,7 +51,8 @@ class EMA(Averaging):
         model: The name of the model, if the learner has several; or of the part of the only model that is averaged.
 
     Raises:
-        UsageError: `decay` is out of its range, or `model` is no name of a model.
+        UsageError: `decay` is out of its range, `buffers` is not ``True`` or ``False``, or `model` is no name of a
+            model.
 
     Attributes:
         averages: The averages by the name of the parameter; empty before the first update.
@@ -71,7 +72,7 @@ class EMA(Averaging):
             raise UsageError(f"EMA(decay={decay!r}): decay is at least 0 and below 1, such as 0.999.")
         super().__init__(model)
         self.decay = decay
-        self.buffers = buffers
+        self.buffers = switch("EMA", "buffers", buffers)
         self._average = get_ema_multi_avg_fn(decay)
 
     def average(self, averages: list[torch.Tensor], weights: list[torch.Tensor]) -> None:

@@ -16,7 +16,7 @@ from flowtrain.callback.resolution import NoConflict, Resolution
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
 from flowtrain.core.optimizers import match_names
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError, is_a, switch, whole_number
 
 __all__ = ["Freeze"]
 
@@ -62,13 +62,13 @@ class Freeze(Callback):
     """
 
     def __init__(self, patterns: Mapping[str, _Epochs], *, norms: bool = True) -> None:
-        if not is_a(patterns, Mapping) or not patterns:
+        if not is_a(patterns, Mapping) or not patterns or not all(is_a(pattern, str) for pattern in patterns):
             raise UsageError(
                 f"Freeze({patterns!r}) takes a mapping from patterns of names to epochs: Freeze({{'backbone.*': 2}}) "
                 f"freezes for two epochs, and Freeze({{'backbone.*': None}}) for ever."
             )
         self.patterns = {pattern: _epochs(pattern, epochs) for pattern, epochs in patterns.items()}
-        self.norms = norms
+        self.norms = switch("Freeze", "norms", norms)
 
     def state_access(self) -> Access:
         """Declare a write of the model, and a read of the number of epochs."""
@@ -137,7 +137,10 @@ def _epochs(pattern: object, given: Any) -> tuple[int, int | None]:
     if len(given) != 2:
         raise UsageError(f"{what} is a number, None, or a pair (first, last); got {given!r}.")
     first = whole_number(what, given[0], least=0)
-    return first, None if given[1] is None else whole_number(what, given[1], least=first + 1)
+    last = None if given[1] is None else whole_number(what, given[1], least=0)
+    if last is not None and last <= first:
+        raise UsageError(f"{what} is the pair {given!r}: the second number is larger than the first.")
+    return first, last
 
 
 def _models(learner: LearnerView) -> Iterator[tuple[str, torch.nn.Module]]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Mapping
-from typing import Any
 
 from flowtrain.callback.access import Access, Write
 from flowtrain.callback.callback import Callback, on
-from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd
+from flowtrain.callback.conditions import Every
+from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import whole_number
@@ -20,8 +19,8 @@ class GarbageCollect(Callback):
     """Turn Python's automatic garbage collection off during epochs, and collect every `every` batches.
 
     The automatic collection starts within a batch, whenever enough objects were made, and now and then it visits all
-    objects: that takes long in a program with many imports. In distributed training each process stops
-    at another time, and the others wait for it. This callback collects young objects after every n-th batch, and all
+    objects, which takes long in a program with many imports. In distributed training the processes stop at different
+    times, and each waits for the others. This callback collects young objects after every n-th batch, and all
     objects at the end of an epoch (https://docs.python.org/3/library/gc.html).
 
     When the epoch ends, normally or not, automatic collection is turned on again if it was on before.
@@ -44,7 +43,7 @@ class GarbageCollect(Callback):
 
     def __init__(self, every: int = 100) -> None:
         self.every = whole_number("GarbageCollect(): every", every)
-        self._counts: dict[str, int] = {}
+        self.conditions = (Every(BatchEnd, self.every),)
         self._was_on = False
 
     def state_access(self) -> Access:
@@ -60,9 +59,7 @@ class GarbageCollect(Callback):
     @on(BatchEnd)
     def collect(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Collect the young objects after every n-th batch."""
-        count = self._counts[repr(phase)] = self._counts.get(repr(phase), 0) + 1
-        if count % self.every == 0:
-            gc.collect(1)  # the two young generations: objects of many batches wait for the end of the epoch
+        gc.collect(1)  # the two young generations: objects of many batches wait for the end of the epoch
 
     @on(EpochEnd)
     def end_epoch(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
@@ -75,15 +72,12 @@ class GarbageCollect(Callback):
         """Turn the automatic collection on again."""
         self._put_back()
 
+    @on(FitEnd)
+    def end_fit(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+        """Turn the automatic collection on again, if an interrupt has prevented it at the end of the epoch."""
+        self._put_back()
+
     def _put_back(self) -> None:
         if self._was_on:
             gc.enable()
         self._was_on = False
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return how many batches were counted in each phase."""
-        return {"counts": dict(self._counts)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the state that `state_dict` returned."""
-        self._counts = dict(state["counts"])

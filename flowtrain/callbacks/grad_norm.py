@@ -9,7 +9,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import UpdateBegin, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a
+from flowtrain.core.optimizers import dense_part
+from flowtrain.errors import switch
 
 __all__ = ["GradNorm"]
 
@@ -45,9 +46,7 @@ class GradNorm(Callback):
     may_cancel = False
 
     def __init__(self, *, layers: bool = False) -> None:
-        if not is_a(layers, bool):
-            raise UsageError(f"GradNorm(layers={layers!r}): layers is True or False; the names come from the model.")
-        self.layers = layers
+        self.layers = switch("GradNorm", "layers", layers)
 
     @on(
         UpdateEnd,
@@ -74,4 +73,4 @@ class GradNorm(Callback):
             by_layer.setdefault(name.partition(".")[0], []).append(gradient)
         series = learner.cbstate.tracehistory[phase]
         for layer, gradients in by_layer.items():
-            series.push(f"GradNorm.{layer}", torch.nn.utils.get_total_norm(gradients), step)
+            series.push(f"GradNorm.{layer}", torch.nn.utils.get_total_norm(map(dense_part, gradients)), step)

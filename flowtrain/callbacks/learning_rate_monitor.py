@@ -69,7 +69,8 @@ class LearningRateMonitor(Callback):
             groups = (getattr(learner.optimizer, name) if name else learner.optimizer).hyperparams
             title = f"LearningRate.{name}" if name else "LearningRate"
             for number, group in enumerate(groups):
-                self._record(series, f"{title}.{number}" if len(groups) > 1 else title, float(group["lr"]), step)
+                if group["lr"] is not None:  # an optimizer may choose the rate itself, as Adafactor of transformers
+                    self._record(series, f"{title}.{number}" if len(groups) > 1 else title, float(group["lr"]), step)
 
     def _record(self, series: Any, title: str, rate: float, step: int) -> None:
         known = series.get(title)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+
 from flowtrain.callback.access import Read
 from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.logging.backend import Histogram, LoggerBackend, log
+from flowtrain.errors import switch, whole_number
+from flowtrain.logging.backend import Group, Histogram, LoggerBackend, log
 from flowtrain.logging.values import checked_backends
 
 __all__ = ["LogHistograms"]
@@ -21,6 +24,7 @@ class LogHistograms(Callback):
 
     Parameters are logged at the end of a batch, as ``Weights/<parameter>``; this reads ``params``. Gradients are logged
     before an update, complete, unscaled and not yet clipped, as ``Gradients/<parameter>``; this reads ``batch.grads``.
+    Complex ones are logged as absolute values, under ``<parameter>.abs``.
     The step is the number of the batch, from ``cbstate.history``. So the callback runs after `Recorder`, and after
     callbacks that write the model or the gradients at these events. Writes only to its backends. Costs a pass over all
     parameters, and a copy of them if it is deferred.
@@ -33,7 +37,7 @@ class LogHistograms(Callback):
 
     Raises:
         LoggingError: There is no backend, an argument is no backend or takes no histograms, or one is given twice.
-        UsageError: `every` is no whole number, or below 1.
+        UsageError: `every` or `bins` is no whole number, or below 1, or `gradients` is not ``True`` or ``False``.
 
     >>> from flowtrain.logging import JsonlBackend
     >>> LogHistograms(JsonlBackend("runs/a/log.jsonl"), every=10, gradients=True)
@@ -46,8 +50,9 @@ class LogHistograms(Callback):
 
     def __init__(self, *backends: LoggerBackend, every: int = 100, gradients: bool = False, bins: int = 64) -> None:
         self.backends = checked_backends("LogHistograms", backends, Histogram)
-        self.gradients = gradients
-        self.bins = bins
+        self.gradients = switch("LogHistograms", "gradients", gradients)
+        self.bins = whole_number("LogHistograms(): bins", bins)
+        every = whole_number("LogHistograms(): every", every)
         self.conditions = (Every(BatchEnd, every), Every(UpdateBegin, every))
 
     def series(self) -> Iterable[tuple[str, type[Phase], str]]:
@@ -60,7 +65,7 @@ class LogHistograms(Callback):
         """Log the parameters after a batch."""
         step, group = learner.cbstate.history[phase].steps, ("Step", repr(phase))
         for name, param in learner.params.items():
-            log(self.backends, Histogram(param, self.bins), f"Weights/{name}", step, group)
+            self._log(f"Weights/{name}", param, step, group)
 
     @on(
         UpdateBegin,
@@ -73,4 +78,9 @@ class LogHistograms(Callback):
         # `Recorder` counts this batch only at its end. An update after the last batch of an epoch is in no batch.
         step, group = learner.cbstate.history[phase].steps + event.in_batch, ("Step", repr(phase))
         for name, gradient in learner.batch.grads.items():
-            log(self.backends, Histogram(gradient, self.bins), f"Gradients/{name}", step, group)
+            self._log(f"Gradients/{name}", gradient, step, group)
+
+    def _log(self, name: str, values: torch.Tensor, step: int, group: Group) -> None:
+        if values.is_complex():
+            name, values = f"{name}.abs", values.abs()
+        log(self.backends, Histogram(values, self.bins), name, step, group)

@@ -22,9 +22,9 @@ class LogHyperParams(Callback):
     """Log the hyperparameters that schedules set, whenever one has changed, and the settings of the run once.
 
     Reads ``cbstate.hyperparams`` at the end of a training batch and of every epoch, so it runs after `Scheduler`. A
-    value is logged if it differs from the last logged value. The settings are logged when the first fit begins, under
-    the name ``Settings``, to the backends that take `Settings`. Writes no state. Costs a comparison for each
-    hyperparameter, and a record for each logged value and backend.
+    value is logged if it differs from the last logged value. The settings are logged when the first fit begins, and
+    when a run is resumed with other ones, under the name ``Settings``, to the backends that take `Settings`. Writes no
+    state. Costs a comparison for each hyperparameter, and a record for each logged value and backend.
 
     Args:
         backends: The backends to log to.
@@ -49,7 +49,7 @@ class LogHyperParams(Callback):
         # One backend that takes settings is enough; without it this call raises the error that names the backends.
         if settings is not None and not any(issubclass(Settings, backend.accepts) for backend in self.backends):
             checked_backends("LogHyperParams(settings=...)", backends, Settings)
-        self._logged = False
+        self._logged: dict[str, Any] | None = None  # the settings that were logged last
         self._last: dict[str, Any] = {}
 
     def state_access(self) -> Access:
@@ -63,9 +63,9 @@ class LogHyperParams(Callback):
 
     @on(FitBegin, access={}, enabled="settings")
     def log_settings(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
-        """Log the settings, once in the life of the run."""
-        if self.settings is not None and not self._logged:
-            self._logged = True
+        """Log the settings, once in the life of the run, and again when a run is resumed with other ones."""
+        if self.settings is not None and self._logged != self.settings:
+            self._logged = self.settings
             log(self.backends, Settings(self.settings), "Settings", 0, _GROUP)
 
     @on(BatchEnd, AbstractTrainingPhase)
@@ -88,12 +88,14 @@ class LogHyperParams(Callback):
                     log(self.backends, Value(value), name, step, _GROUP)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the last logged value of each hyperparameter, and whether the settings have been logged."""
+        """Return the last logged value of each hyperparameter, and the settings that were logged last."""
         return {"last": dict(self._last), "logged": self._logged}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state that `state_dict` returned."""
-        self._last, self._logged = dict(state["last"]), bool(state["logged"])
+        logged = state["logged"]  # in early checkpoints whether settings were logged, and not which ones
+        self._last = dict(state["last"])
+        self._logged = self.settings if logged is True else logged or None
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

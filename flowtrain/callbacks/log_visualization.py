@@ -11,7 +11,7 @@ from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, EpochEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import LoggingError, is_a, is_type
+from flowtrain.errors import LoggingError, is_a, is_type, whole_number
 from flowtrain.logging.backend import Loggable, LoggerBackend, log
 from flowtrain.logging.values import checked_backends
 from flowtrain.state.by_phase import epoch_of
@@ -42,8 +42,8 @@ class LogVisualization(Callback):
         event_type: The event, subclasses included.
 
     Raises:
-        LoggingError: `f` is no function, there is no backend, an argument is no backend, one is given twice, or
-            `event_type` or `phase_type` is no such type.
+        LoggingError: `f` is no function, there is no backend, an argument is no backend, one is given twice,
+            `name` is no text or empty, or `event_type` or `phase_type` is no such type.
         UsageError: `every` is no whole number, or below 1.
 
     >>> from flowtrain.logging import Image, JsonlBackend
@@ -74,12 +74,14 @@ class LogVisualization(Callback):
         for kind, base in ((phase_type, Phase), (event_type, Event)):
             if not is_type(kind, base):
                 raise LoggingError(f"LogVisualization got {kind!r} where a subclass of {base.__name__} belongs.")
+        if name is not None and (not is_a(name, str) or not name):
+            raise LoggingError(f"LogVisualization(name={name!r}): name is a text that is not empty, as 'Mistakes'.")
         self.f = f
         self.backends = checked_backends("LogVisualization", backends, Loggable)
         self.label = name if name is not None else _label(f)
         self.phase_type = phase_type
         self.event_type = event_type
-        self.conditions = (Every(event_type, every),)
+        self.conditions = (Every(event_type, whole_number("LogVisualization(): every", every)),)
         self._access: Access = {"batch": Read()} if access is None else access
         self.access_argument = self._access
 

@@ -103,14 +103,14 @@ class Metrics(Callback):
         for name in names:
             if names.count(name) > 1:
                 raise UsageError(f"Two metrics are called {name!r}. Give one another name: Metric(f, name='Other').")
-        self._late = False  # whether losses on the CPU are read late too, as those of a device
+        self._reads_late = False  # whether losses on the CPU are read late too, as those of a device
         self._loss_is_written = False  # whether a callback declares to write the loss
-        self._copies = False  # whether the loss may be written after it is recorded, so that one read late is copied
+        self._copies_losses = False  # whether a loss may be written after it is recorded
         self._no_grad = torch.no_grad()  # one object for all batches: making one costs as much as a metric
         self._means = EpochMeans()
         self._running: dict[tuple[Metric, Phase], Running] = {}
         self._loaded: dict[tuple[str, str], Any] = {}  # by name and phase: states of a checkpoint for `_run` to load
-        self._quick: Phase | None = None  # the phase whose batch size is known to be the length of its inputs
+        self._phase_of_known_size: Phase | None = None  # its batch size is the length of its inputs
         self._loader_size: int | None = None  # the batch size of the loader, if it is known
         self._warned: set[Phase] = set()
         self._phase: Phase | None = None  # the phase of the present epoch, or of one that was not complete
@@ -157,33 +157,33 @@ class Metrics(Callback):
     @on(EpochBegin, access={"data": Read()})
     def begin(self, event: EpochBegin, phase: Phase, learner: LearnerView) -> None:
         """Forget the batches of the previous epoch, which may have been cancelled before its end."""
-        self._late = learner.lag > 0
+        self._reads_late = learner.lag > 0
         if learner.rank:  # the main rank of several warns
             self._warned.add(phase)
-        self._copies = self._loss_is_written or not has_bundled_step(type(phase))
+        self._copies_losses = self._loss_is_written or not has_bundled_step(type(phase))
         self._means = EpochMeans(repr(phase))
         self._phase, self._of_ranks = phase, None
         for metric in self.metrics:
             if self._has_run(metric, phase):
                 self._run(metric, phase).reset()
         self._loader_size = _samples(learner.data.get(phase))
-        self._quick = None
+        self._phase_of_known_size = None
 
     @on(BatchEnd, access="_of_batches")
     def record(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
         """Record the loss and the metrics of the batch."""
         batch = learner.batch
         loss, inputs = batch.loss, batch.inputs
-        shape = inputs.shape if phase is self._quick and type(inputs) is torch.Tensor else None
+        shape = inputs.shape if phase is self._phase_of_known_size and type(inputs) is torch.Tensor else None
         size = shape[0] if shape else self._size(phase, inputs, batch.targets)
         if self.weight is not None:
             with self._no_grad:
                 size = self._weight(self.weight, "The weight of Metrics", learner, size)
         if loss is not None:
-            if loss.is_cpu and not self._late:
+            if loss.is_cpu and not self._reads_late:
                 value = loss.item()
             else:
-                value = loss.detach().clone() if self._copies else loss.detach()
+                value = loss.detach().clone() if self._copies_losses else loss.detach()
             cbstate = learner.cbstate
             cbstate.metrics_step[phase].push("Loss", value, cbstate.history[phase].steps)
             self._means.weights["Loss"].append(size)
@@ -256,7 +256,7 @@ class Metrics(Callback):
             second = [tuple(getattr(each, "shape", ()))[1:2] for each in (inputs, targets)]
             certain = (self._loader_size,) not in second and (size < self._loader_size or size % self._loader_size == 0)
         if certain and type(inputs) is torch.Tensor:
-            self._quick = phase
+            self._phase_of_known_size = phase
         if not certain and phase not in self._warned:
             self._warned.add(phase)
             warnings.warn(self._unsure(phase, inputs, targets, size), UserWarning, stacklevel=2)

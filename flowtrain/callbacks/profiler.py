@@ -15,7 +15,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import CallbackError, UsageError, is_a, whole_number
+from flowtrain.errors import CallbackError, UsageError, is_a, switch, whole_number
 from flowtrain.logging.backend import identity
 
 __all__ = ["Profiler"]
@@ -36,7 +36,7 @@ class Profiler(Callback):
     "every"`` all are, and the files of the others begin with ``rank-1-`` and so on.
 
     Reads and writes no state. Declares the resource ``rng``, although it draws no random numbers, because this keeps it
-    on the training thread. It runs after no certain callback: put it last in the list, so that a batch includes the
+    on the training thread. Nothing orders it among the callbacks, so put it last in the list: a batch then includes the
     handlers of `BatchEnd`. Costs a record for each operator of the active and the warm-up batches. No trace is made in
     a dry run.
 
@@ -53,7 +53,8 @@ class Profiler(Callback):
         with_stack: Whether the line of code of each operator is recorded, which costs much time.
 
     Raises:
-        UsageError: `folder` is no path, or a number is not whole or too small. At `FitBegin`: another profiler of torch
+        UsageError: `folder` is no path, a number is not whole or too small, a switch is not ``True`` or ``False``, or
+            `activities` has another type. At `FitBegin`: another profiler of torch
             is active.
         CallbackError: At `FitBegin`: the folder cannot be written.
 
@@ -92,11 +93,18 @@ class Profiler(Callback):
         self.repeat, self.skip_first = numbers.pop("repeat"), numbers.pop("skip_first")
         self.schedule = {**numbers, "active": whole_number("Profiler(): active", active)}
         self.options: dict[str, Any] = {
-            "record_shapes": record_shapes,
-            "profile_memory": profile_memory,
-            "with_stack": with_stack,
+            "record_shapes": switch("Profiler", "record_shapes", record_shapes),
+            "profile_memory": switch("Profiler", "profile_memory", profile_memory),
+            "with_stack": switch("Profiler", "with_stack", with_stack),
         }
         self.activities = None if activities is None else list(activities)
+        if self.activities is not None and not (
+            self.activities and all(is_a(each, torch.profiler.ProfilerActivity) for each in self.activities)
+        ):
+            raise UsageError(
+                f"Profiler(activities={activities!r}): activities are torch.profiler.ProfilerActivity.CPU, .CUDA and "
+                f"others, in a list."
+            )
         self.files: list[Path] = []
         self._rank = 0
         self._batches = 0  # in the life of the learner

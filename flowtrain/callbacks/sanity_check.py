@@ -392,7 +392,7 @@ def check_optimizers(optimizers: Mapping[str, Any], trainable: Mapping[str, torc
     for name, optimizer in optimizers.items():
         where = f"optimizer {name!r}" if name else "optimizer"
         for number, group in enumerate(optimizer.param_groups):
-            rate = float(group.get("lr", 1.0))
+            rate = 1.0 if group.get("lr") is None else float(group["lr"])  # an optimizer may choose it itself
             scheduled = "initial_lr" in group  # a scheduler of torch sets the rate, which may begin at zero
             if not math.isfinite(rate) or rate < 0 or (rate == 0 and not scheduled):
                 yield Problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, whole_number
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = ["SmoothLoss"]
 
@@ -44,7 +45,7 @@ class SmoothLoss(Callback):
     """
 
     def __init__(self, beta: float = 0.98, *, keep: int | None = None) -> None:
-        if not 0 <= beta < 1:
+        if not is_a(beta, Real) or is_a(beta, bool) or not 0 <= beta < 1:
             raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1, such as 0.98.")
         self.beta = beta
         self.keep = None if keep is None else whole_number("SmoothLoss(): keep", keep)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from flowtrain.callback.access import Access, Read, Write
@@ -10,7 +11,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import HandlerError, is_a, is_type, whole_number
+from flowtrain.errors import HandlerError, describe, is_a, is_type, whole_number
 
 __all__ = ["Traces"]
 
@@ -23,9 +24,10 @@ class Traces(Callback):
     batches. Costs the time of the functions, and an entry of the series for each.
 
     Args:
-        traces: Functions by name; each is called with the view of the learner and returns a number or a tensor. A
-            tensor with one element is recorded as a number, a tensor with more elements as a copy.
-        phase_type: The phase, subclasses included.
+        traces: Functions by name; each is called with the view of the learner and returns a number, a tensor, or
+            ``None`` to record nothing. A tensor with one element is recorded as a number, a tensor with more elements
+            as a copy.
+        phase_type: The phase, subclasses included; all phases by default.
         event_type: The event, subclasses included.
         access: The state that the functions read; all of ``batch`` by default.
         keep: How many of the newest values of each function to keep, so that memory and checkpoints stay small in a
@@ -33,7 +35,8 @@ class Traces(Callback):
 
     Raises:
         UsageError: `keep` is no number of values.
-        HandlerError: `traces` is no such mapping, a name has a dot, or `event_type` or `phase_type` is no such type.
+        HandlerError: `traces` is no such mapping, a name has a dot, or `event_type` or `phase_type` is no such type. At
+            the event: a function returns another type.
 
     >>> from flowtrain import TrainingPhase
     >>> Traces({"LossSquared": lambda learner: learner.batch.loss**2}, TrainingPhase)
@@ -45,7 +48,7 @@ class Traces(Callback):
     def __init__(
         self,
         traces: Mapping[str, Callable[[LearnerView], Any]],
-        phase_type: type[Phase],
+        phase_type: type[Phase] = Phase,
         event_type: type[Event] = BatchEnd,
         access: Access | None = None,
         *,
@@ -85,6 +88,14 @@ class Traces(Callback):
         step = learner.cbstate.history[phase].steps
         series = learner.cbstate.tracehistory[phase]
         for name, function in self.traces.items():
-            series.push(name, function(learner), step)
+            value = function(learner)
+            if value is None:
+                continue
+            if not hasattr(value, "numel") and not is_a(value, Real):
+                raise HandlerError(
+                    f"The trace {name!r} returned {describe(value)}: return a number or a tensor, or None to record "
+                    f"nothing."
+                )
+            series.push(name, value, step)
             if self.keep is not None:
                 series[name].shorten(self.keep)

@@ -32,6 +32,7 @@ __all__ = [
     "OptimizerFactory",
     "check_trained",
     "clip_gradients",
+    "dense_part",
     "fused",
     "make_optimizers",
     "match_names",
@@ -210,6 +211,11 @@ def scale_gradients(optimizer: Optimizer, factor: float) -> None:
                 param.grad.mul_(factor)
 
 
+def dense_part(gradient: torch.Tensor) -> torch.Tensor:
+    """Return the values of a sparse gradient, which alone count in a norm; any other gradient as it is."""
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
+
+
 def clip_gradients(
     params: Iterable[torch.nn.Parameter], norm_limit: float | None, value_limit: float | None, *, needs_norm: bool
 ) -> torch.Tensor | None:
@@ -227,11 +233,17 @@ def clip_gradients(
     params = [param for param in params if param.grad is not None]
     norm: torch.Tensor | None = None
     if needs_norm:
-        norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        norm = torch.nn.utils.get_total_norm([dense_part(param.grad) for param in params if param.grad is not None])
     if norm_limit is not None and norm is not None:
         torch.nn.utils.clip_grads_with_norm_(params, norm_limit, norm)
     if value_limit is not None:
-        torch.nn.utils.clip_grad_value_(params, value_limit)
+        sparse = [param for param in params if param.grad is not None and param.grad.is_sparse]
+        dense = [param for param in params if param.grad is not None and not param.grad.is_sparse]
+        if dense:
+            torch.nn.utils.clip_grad_value_(dense, value_limit)
+        for param in sparse:
+            param.grad = gradient = param.grad.coalesce()  # type: ignore[union-attr]  # it has a gradient
+            gradient.values().clamp_(-value_limit, value_limit)
     return norm if norm is None else whole(norm)  # only now, as shards are scaled by a norm of shards
 
 

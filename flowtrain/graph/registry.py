@@ -197,14 +197,15 @@ class Callbacks(Sequence[Callback]):
         plan = self.plan(event, phase or next((met for each, met in self.known if each is event), Phase))
         return draw_plan(plan, self._notes(plan).splitlines(), self.measured.of(plan) or self._costs(plan), to)
 
-    def find(self, wanted: type | str) -> Callback | None:
-        """Return the first callback of a type, subclasses included, or of a name; ``None`` if the learner has none.
+    def find(self, wanted: type | str | Callback) -> Callback | None:
+        """Return the first callback of a type, subclasses included, or of a name, or this one; ``None`` without it.
 
         Raises:
-            CallbackError: `wanted` is neither a type nor a name.
+            CallbackError: `wanted` is no type, no name and no callback.
         """
-        if isinstance(wanted, str):
-            return next((node.callback for node in self._nodes if node.name == wanted), None)
+        if isinstance(wanted, (str, Callback)):
+            found = (node.callback for node in self._nodes if node.name == wanted or node.callback is wanted)
+            return next(found, None)
         if not is_a(wanted, type):
             raise CallbackError(
                 f"A callback is found by its type or name, got {wanted!r}. "
@@ -212,15 +213,15 @@ class Callbacks(Sequence[Callback]):
             )
         return next((node.callback for node in self._nodes if isinstance(node.callback, wanted)), None)
 
-    def must_find(self, wanted: type | str) -> Callback:
-        """Return the first callback of a type, subclasses included, or of a name.
+    def must_find(self, wanted: type | str | Callback) -> Callback:
+        """Return the first callback of a type, subclasses included, or of a name, or this one.
 
         Raises:
             CallbackError: The learner has no such callback.
         """
         callback = self.find(wanted)
         if callback is None:
-            name = wanted if isinstance(wanted, str) else wanted.__name__
+            name = wanted if isinstance(wanted, str) else getattr(wanted, "__name__", repr(wanted))
             names = [node.name for node in self._nodes]
             raise CallbackError(
                 f"There is no callback {name}.{nearest(name, names)} The learner has: {', '.join(names) or 'none'}."

@@ -117,14 +117,16 @@ class CsvBackend(FileBackend):
             name += "_"
         if name not in self._columns:
             file = self._rewrite([*self._columns, name], self._read())
-        if self._own and self._last[:2] == [group, step]:  # add the cell to the last row, by writing that row again
+        cell = self._columns.index(name)
+        # Add the cell to the last row, by writing that row again, unless the row has a value there already.
+        if self._own and self._last[:2] == [group, step] and not any(self._last[cell : cell + 1]):
             row = self._last
             file.truncate(self._start)
         else:
             row = [group, step, *[""] * (len(self._columns) - 2)]
             self._start = file.size
             self._rows += 1
-        row[self._columns.index(name)] = value
+        row[cell] = value
         self._last, self._own = row, True
         file.append(_text([row]))
 

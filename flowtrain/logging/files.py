@@ -19,12 +19,13 @@ from typing import Any, Self
 
 import torch
 
-from flowtrain.errors import LoggingError
+from flowtrain.errors import LoggingError, is_a, switch
 from flowtrain.logging.backend import HOLD, File, LoggerBackend, Run
 
 __all__ = [
     "AppendingFile",
     "FileBackend",
+    "given_path",
     "impossible",
     "not_open",
     "of_rank",
@@ -193,6 +194,8 @@ def read_file(file: File) -> bytes:
     Raises:
         LoggingError: The file cannot be read.
     """
+    if not is_a(file.path, (str, os.PathLike)):
+        raise LoggingError(f"File({file.path!r}): path is a path, such as 'runs/a/model.onnx'.")
     try:
         with open(file.path, "rb") as opened:
             return opened.read()
@@ -220,6 +223,22 @@ def process_rank() -> int:
     return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
 
 
+def given_path(owner: str, path: Any) -> str:
+    """Return the path of a log as an absolute one, so that it does not depend on the working directory.
+
+    Args:
+        owner: The name of the backend's type, for the message.
+        path: The argument of the user.
+
+    Raises:
+        LoggingError: `path` is no path that is a text.
+    """
+    given: object = os.fspath(path) if is_a(path, os.PathLike) else path
+    if not isinstance(given, str):
+        raise LoggingError(f"{owner}(path={path!r}): path is a path, such as 'runs/a/log.jsonl'.")
+    return os.path.abspath(given)
+
+
 class FileBackend(LoggerBackend):
     """The base of backends that append to one file. A subclass opens the file and defines the format of a record.
 
@@ -230,10 +249,10 @@ class FileBackend(LoggerBackend):
     """
 
     def __init__(self, path: str | os.PathLike[str], *, append: bool = False) -> None:
-        self._given = os.path.abspath(os.fspath(path))
+        self._given = given_path(type(self).__name__, path)
         self.path = of_rank(self._given)
         self.per_rank = self.path != self._given
-        self.append = append
+        self.append = switch(type(self).__name__, "append", append, LoggingError)
         self._file: AppendingFile | None = None
         self._silent = False
         self._run = ""  # the run that this backend was last opened for

@@ -46,6 +46,7 @@ _CONTINUES = "flowtrain.continues"
 _FORBIDDEN, _LONGEST = r"[^\w\-. :/]", 250  # characters that a key of a metric or parameter cannot have; its length
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "killed": "KILLED"}
 _BATCH = 500  # the number of metrics in one request; MLflow takes at most 1000
+_PATIENCE = 5.0  # the seconds after which a metric is sent, when the next one is written
 
 
 class MLflowBackend(LoggerBackend):
@@ -85,6 +86,7 @@ class MLflowBackend(LoggerBackend):
         self._client: Any = None
         self._silent = False
         self._waiting: list[Any] = []  # metrics that have not been sent
+        self._oldest = 0.0  # when the first of them was written
         self._counts: Counter[str] = Counter()  # by key: how many values MLflow has
         self._names = Names(_FORBIDDEN, _LONGEST)
         self._settings = Names(_FORBIDDEN, _LONGEST)
@@ -130,7 +132,7 @@ class MLflowBackend(LoggerBackend):
         elif isinstance(loggable, Settings):
             record["settings"] = {key: str(value) for key, value in flat(settings(loggable.values)).items()}
         elif isinstance(loggable, Text):
-            record |= _artifact(str(loggable.text).encode(), step, ".md")
+            record |= _artifact(str(loggable.text).encode(errors="replace"), step, ".md")
         elif isinstance(loggable, (Image, Figure)):
             png = image_png(loggable) if isinstance(loggable, Image) else figure_png(loggable)
             record |= _artifact(png, step, ".png")
@@ -150,8 +152,10 @@ class MLflowBackend(LoggerBackend):
         sent["key"] = self._names.of(sent["key"])
         entities = needed("mlflow.entities", "MLflowBackend", "mlflow")
         if "value" in sent:
+            now = time.monotonic()
+            self._oldest = self._oldest if self._waiting else now
             self._waiting.append(entities.Metric(sent["key"], float(sent["value"]), sent["time"], sent["step"]))
-            if len(self._waiting) >= _BATCH:
+            if len(self._waiting) >= _BATCH or now - self._oldest >= _PATIENCE:
                 self._send()
         elif "settings" in sent:
             parameters = [entities.Param(self._settings.of(key), value) for key, value in sent["settings"].items()]

@@ -56,6 +56,7 @@ def pixels(image: Any) -> torch.Tensor:
     """
     try:
         found = torch.as_tensor(image).detach().cpu()
+        found = found if found.layout is torch.strided else found.to_dense()
     except (TypeError, ValueError, RuntimeError) as error:
         raise LoggingError(f"Image(...) takes a tensor or array, and got a {type(image).__name__}: {error}") from error
     shape = tuple(found.shape)
@@ -72,6 +73,8 @@ def pixels(image: Any) -> torch.Tensor:
         found = found.float().nan_to_num(0.0).clamp(0, 1).mul(255).round()
     elif found.dtype is torch.bool:
         found = found.to(torch.uint8) * 255
+    else:
+        found = found.to(torch.int64)  # torch cannot clamp the wide unsigned types of a picture of 16 bits
     return found.clamp(0, 255).to(torch.uint8).contiguous()
 
 

@@ -24,7 +24,7 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote, unquote
 
-from flowtrain.errors import LoggingError, UsageError
+from flowtrain.errors import LoggingError, UsageError, switch
 from flowtrain.logging.backend import (
     Figure,
     Group,
@@ -39,7 +39,7 @@ from flowtrain.logging.backend import (
 )
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
-from flowtrain.logging.files import AppendingFile, impossible, not_open, of_rank, unwritable, warn_of_others
+from flowtrain.logging.files import AppendingFile, given_path, impossible, not_open, of_rank, unwritable, warn_of_others
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import flat, number, refused, settings
 
@@ -79,10 +79,10 @@ class TensorBoardBackend(LoggerBackend):
                 f"TensorBoardBackend(by_phase={by_phase!r}): by_phase is True if each phase is a run of its own, or "
                 f"False for one run with the phase in the tags."
             )
-        self._given = os.path.abspath(os.fspath(path))  # so that it does not depend on the working directory
+        self._given = given_path("TensorBoardBackend", path)
         self.path = of_rank(self._given)
         self.per_rank = self.path != self._given
-        self.by_phase, self.append = by_phase, append
+        self.by_phase, self.append = by_phase, switch("TensorBoardBackend", "append", append, LoggingError)
         self._opened = ""  # the id of the run that the backend was last opened for
         self._run: Run | None = None  # the run that the backend is open for
         self._continues_flat = ""  # the id of a resumed run that has the phase in the tags
@@ -329,7 +329,9 @@ def _text(protos: Any, tag: str, text: str) -> Any:
     return protos.Summary.Value(
         tag=tag,
         metadata=protos.SummaryMetadata(plugin_data=plugin),
-        tensor=tensors.TensorProto(dtype="DT_STRING", string_val=[str(text).encode()], tensor_shape=shape),
+        tensor=tensors.TensorProto(
+            dtype="DT_STRING", string_val=[str(text).encode(errors="replace")], tensor_shape=shape
+        ),
     )
 
 

@@ -68,7 +68,10 @@ def settings(values: Any, where: str = "Settings(...)", around: tuple[int, ...] 
             The message names it.
     """
     if not is_a(values, Mapping):
-        raise LoggingError(f"{where} takes a mapping from names to values, and got {values!r}. Write {{'lr': 0.1}}.")
+        raise LoggingError(
+            f"{where} takes a mapping from names to values, and got {values!r}. Write {{'lr': 0.1}}; for a Namespace "
+            f"vars(...), for a dataclass dataclasses.asdict(...)."
+        )
     around = (*around, id(values))
     return {_name(name, where): _setting(value, f"{where}[{name!r}]", around) for name, value in values.items()}
 

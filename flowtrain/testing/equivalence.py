@@ -80,6 +80,8 @@ def assert_equivalent(
         """Fit for the number of epochs."""
         learner.fit(epochs)
 
+    if is_a(executors, str):
+        raise UsageError(f"assert_equivalent(executors={executors!r}): write executors=[{executors!r}].")
     do = fit if run is None else run
     serial, error = _run(make_learner, SerialExecutor(), do, seed, used)
     ways = [*(_maker(each) for each in executors), *(_shuffled(number) for number in range(interleavings))]

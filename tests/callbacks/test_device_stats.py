@@ -34,7 +34,8 @@ def test_every_nth_batch_of_each_phase_over_the_life_of_the_callback() -> None:
     assert list(learner.cbstate.tracehistory[TrainingPhase]["Device.Watt"]) == [(3, 1.0), (6, 2.0)]
     assert list(learner.cbstate.tracehistory[ValidationPhase]["Device.Watt"]) == [(3, 3.0)]
     resumed = DeviceStats(every=3, measure=Numbered())
-    resumed.load_state_dict(stats.state_dict())
+    resumed.load_state_dict({"counts": {"TrainingPhase": 8}})  # of early checkpoints; the condition has the count now
+    resumed.conditions[0].load_state_dict(stats.conditions[0].state_dict())
     learner.replace_callback(resumed)
     learner.epoch(TrainingPhase)  # batches 9 to 12
     assert list(learner.cbstate.tracehistory[TrainingPhase]["Device.Watt"])[2:] == [(9, 1.0), (12, 2.0)]
@@ -80,6 +81,18 @@ def test_a_measure_that_means_nothing(found: Any) -> None:
         DeviceStats(measure=lambda: found)
     with pytest.raises(UsageError, match="measure is a function"):
         DeviceStats(measure=found)
+
+
+def test_other_names_than_at_first() -> None:
+    found = {"Watt": 1.0}
+    learner = tiny_learner(DeviceStats(every=1, measure=lambda: dict(found)), n_batches=1)
+    found["Celsius"] = 40.0
+    with pytest.raises(UsageError) as caught:
+        learner.fit(1)
+    assert str(caught.value).startswith(
+        "DeviceStats: measure() returned ['Celsius', 'Watt'], and ['Watt'] at first; return the same names at every "
+        "call."
+    )
 
 
 def test_the_same_under_every_executor() -> None:

@@ -281,7 +281,7 @@ def test_the_dask_executor_freezes_the_same(executor: str) -> None:
         ),
         ({}, "Freeze({}) takes a mapping"),
         ({"a": 1.5}, "Freeze(): the number of epochs for 'a' is a whole number, at least 0, got 1.5."),
-        ({"a": (2, 2)}, "Freeze(): the number of epochs for 'a' is a whole number, at least 3, got 2."),
+        ({"a": (2, 2)}, "Freeze(): the number of epochs for 'a' is the pair (2, 2): the second"),
         ({"a": (1, 2, 3)}, "Freeze(): the number of epochs for 'a' is a number, None, or a pair (first, last); got"),
     ],
 )

@@ -74,7 +74,7 @@ def test_frozen_layers_have_no_series() -> None:
 
 
 def test_layers_is_a_bool() -> None:
-    with pytest.raises(UsageError, match=r"GradNorm\(layers=\['encoder'\]\): layers is True or False"):
+    with pytest.raises(UsageError, match=r"GradNorm\(layers=\['encoder'\]\): layers is True or False\."):
         GradNorm(layers=untyped(["encoder"]))
 
 
@@ -88,3 +88,33 @@ def test_the_same_under_every_executor() -> None:
 def test_strict_mode_finds_nothing_to_complain_about() -> None:
     """A series whose name has a dot lies below the declared path, so strict mode finds no undeclared write."""
     tiny_learner(GradNorm(layers=True), model=model(), n_batches=2, strict=True).fit(1)
+
+
+@pytest.mark.parametrize("limits", [{}, {"clip_grad_norm": 1.0}, {"clip_grad_value": 0.5}], ids=str)
+def test_sparse_gradients_have_the_norm_of_dense_ones(limits: dict[str, Any]) -> None:
+    """An index that is twice in a batch has two gradients, whose sum counts."""
+
+    class Net(torch.nn.Module):
+        def __init__(self, sparse: bool) -> None:
+            super().__init__()
+            self.table = torch.nn.Embedding(5, 2, sparse=sparse)
+            torch.nn.init.ones_(self.table.weight)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.table(x).sum((1, 2)).unsqueeze(1) * 3
+            return found
+
+    found: list[Any] = []
+    for sparse in (False, True):
+        learner = tiny_learner(
+            GradNorm(layers=True),
+            model=Net(sparse),
+            data=[(torch.tensor([[1, 1, 2], [0, 2, 2]]), torch.zeros(2, 1))] * 2,
+            core=TorchCore(device="cpu", **limits),
+        )
+        learner.fit(1)
+        traces = learner.cbstate.tracehistory[TrainingPhase]
+        norms = [[value for _, value in traces[name]] for name in ("GradNorm", "GradNorm.table")]
+        found.append((*norms, learner.model.table.weight.detach()))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-6, atol=0)
+    assert found[0][0][0] == pytest.approx(285.74115)

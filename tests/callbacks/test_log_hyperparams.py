@@ -69,6 +69,17 @@ def test_a_resumed_run_does_not_repeat_itself(tmp_path: Path) -> None:
     assert logged(tmp_path / "two") == []
 
 
+@pytest.mark.parametrize(("before", "expected"), [({"a": 1}, [("Settings", 0, {"a": 2})]), (True, [])])
+def test_settings_that_have_changed_are_logged_again(before: Any, expected: list[Any], tmp_path: Path) -> None:
+    """Early checkpoints say only that settings were logged, and not which ones."""
+    callback = LogHyperParams(JsonlBackend(tmp_path / "log"), settings={"a": 2})
+    callback.load_state_dict({"last": {}, "logged": before})
+    with tiny_learner(callback, n_batches=2) as learner:
+        learner.fit(1)
+        learner.fit(1)
+    assert logged(tmp_path / "log") == expected
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

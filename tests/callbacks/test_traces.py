@@ -74,6 +74,17 @@ def test_two_with_one_name_conflict_where_they_meet_and_only_there() -> None:
     assert len(learner.cbstate.tracehistory[ValidationPhase]["Norm"]) == 16
 
 
+def test_none_records_nothing_and_other_types_are_refused() -> None:
+    learner = tiny_learner(Traces({"Odd": lambda learner: 1 if learner.batch.loss > 1e9 else None}), n_batches=2)
+    learner.fit(1)
+    assert not learner.cbstate.tracehistory[TrainingPhase].get("Odd")
+    with pytest.raises(HandlerError) as caught:
+        tiny_learner(Traces({"A": lambda learner: "x"}), n_batches=2).fit(1)
+    assert str(caught.value).startswith(
+        "The trace 'A' returned str 'x': return a number or a tensor, or None to record nothing."
+    )
+
+
 def test_the_default_access_is_the_batch_and_nothing_else() -> None:
     assert Traces({"Squared": squared}, TrainingPhase).state_access() == {
         "batch": Read(),

@@ -56,6 +56,20 @@ def test_the_table(tmp_path: Path) -> None:
     )
 
 
+def test_a_second_value_of_one_name_and_step_is_another_row(tmp_path: Path) -> None:
+    """As an evaluation after training, which has the number of the last training epoch."""
+    path, group = tmp_path / "values.csv", ("Epoch", "ValidationPhase")
+    backend = CsvBackend(path)
+    backend.open(Run("r"))
+    for value in (0.5, 8.5):
+        write(backend, "Loss", 1, value, group)
+        write(backend, "Accuracy", 1, value / 10, group)
+    backend.close()
+    assert path.read_text("utf-8") == (
+        "group,step,Loss,Accuracy\nEpoch/ValidationPhase,1,0.5,0.05\nEpoch/ValidationPhase,1,8.5,0.85\n"
+    )
+
+
 @given(
     entries=st.lists(st.tuples(st.sampled_from(["A", "B", 'C"\n,']), st.integers(1, 3)), min_size=1, max_size=12),
     data=st.data(),

@@ -96,8 +96,8 @@ class PQ(Criterion):
         # NaN has no mean. Without any number there is no progress; with some, the progress is not known.
         numbers = [each for each in self.training if not math.isnan(each)]
         least = min(numbers, default=math.nan)
-        # `fsum` rounds once, so k equal values give exactly their mean, and a progress of 0. The 10 makes it per mille.
-        progress = 10 * _generalization_loss(math.fsum(numbers) / self.k, least) if numbers else 0.0
+        # The sum rounds once, so k equal values give exactly their mean, and a progress of 0. The 10 makes per mille.
+        progress = 10 * _generalization_loss(_sum(numbers) / self.k, least) if numbers else 0.0
         if len(numbers) not in (0, self.k):
             return None
         if progress <= self.tol:
@@ -112,6 +112,13 @@ class PQ(Criterion):
 
     def __repr__(self) -> str:
         return f"PQ({self.alpha:g}, k={self.k})"
+
+
+def _sum(numbers: Sequence[float]) -> float:
+    try:
+        return math.fsum(numbers)
+    except (OverflowError, ValueError):  # a sum beyond the range of floats, or infinities of both signs
+        return sum(numbers)
 
 
 class UP(Criterion):
