@@ -72,7 +72,6 @@ __all__ = [
     "UndeclaredWriteError",
     "UsageError",
     "WriteConflictError",
-    "attempt",
     "describe",
     "is_a",
     "is_positive",
@@ -432,14 +431,6 @@ def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> No
             raise worst
     finally:
         del worst
-
-
-def attempt(failures: list[BaseException], do: Callable[..., object], *args: Any) -> None:
-    """Call a function, and add its failure to a list, from which `raise_worst` raises it after the rest is closed."""
-    try:
-        do(*args)
-    except BaseException as failure:
-        failures.append(failure)
 
 
 def describe(value: Any, depth: int = 3) -> str:

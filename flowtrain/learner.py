@@ -37,7 +37,7 @@ from flowtrain.training import arguments
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.calls import Calls
 from flowtrain.training.fit_data import loaders_by_phase
-from flowtrain.training.rank_loop import make_loop
+from flowtrain.training.loop import Loop
 
 __all__ = ["Learner"]
 
@@ -96,7 +96,7 @@ class Learner:
         self.core = arguments.check_core(core)
         self.core.attach(self.state, optimizer)
         try:
-            self.loop = make_loop(self.state, self.core, find_executor(executor))
+            self.loop = Loop(self.state, self.core, find_executor(executor))
             self._changes = CallbackChanges(self.loop, repr(self))
             self._calls = Calls(self.loop, self._changes)
             self._calls.check_phases(self.state.data)
@@ -151,7 +151,7 @@ class Learner:
         arguments.check_keywords("fit", unknown, Learner.fit)
         timed = timing(self.loop, timeline)
         with self._calls.holding(waits=resume is not None):
-            found = self.loop.agreed(latest_of(self.callbacks)) if resume == "auto" else resume
+            found = self.loop.together.agree(latest_of(self.callbacks)) if resume == "auto" else resume
             self._calls.fit(epochs, steps, validate_every, limit_batches, data, found, timed)
         return self.history
 

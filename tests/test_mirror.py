@@ -16,6 +16,7 @@ LIMIT = 700
 # Modules without a file of their own, and the file that tests them.
 ELSEWHERE = {
     "core/data_parallel": "ranks/test_same_training",
+    "core/replica": "ranks/test_replica",
     "core/settings": "core/test_torch_core",
     "core/sharding": "ranks/test_sharded",
     "core/unsent_gradients": "ranks/test_sharded",
@@ -32,12 +33,14 @@ ELSEWHERE = {
     "state/shards": "ranks/test_sharded",
     "testing/probes": "testing/test_contract",
     "training/checkpoint/lock_file": "training/checkpoint/test_folder_lock",
+    "training/checkpoint/parts": "ranks/test_checkpoints",
     "training/checkpoint/rank_checkpoints": "ranks/test_checkpoints",
     "training/checkpoint/shard_files": "ranks/test_shard_files",
-    "training/rank_data": "ranks/test_data",
-    "training/rank_loop": "ranks/test_one_alone",
-    "training/rank_steps": "ranks/test_one_alone",
-    "training/sharded_evaluation": "ranks/test_sharded",
+    "training/ranks/batch_sync": "ranks/test_one_alone",
+    "training/ranks/batches": "ranks/test_data",
+    "training/ranks/ranks": "ranks/test_one_alone",
+    "training/step_errors": "training/test_step",
+    "training/together": "training/test_loop",
 }
 
 # The files that test no single module, and their subjects.
@@ -91,6 +94,7 @@ OTHERS = {
     "ranks/test_gradients": "sparse and complex gradients of several ranks",
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
+    "ranks/test_replica": "the contract of the models of one process, of DDP and of shards",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
     "ranks/test_refusals": "what ranks refuse, and what DDP alone would get wrong",
     "ranks/test_shard_files": "checkpoints of a sharded model, in real processes",

@@ -21,20 +21,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
+from flowtrain.core.replica import FLAGS
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
 
-__all__ = ["FLAGS", "LEAVES", "DataParallel", "equalise"]
-
-FLAGS = 8
-"""The number of flags of an agreement; `flowtrain.training.ranks` says what each of them means.
-
-Among gradients the first flag is a 1 of the main rank instead, by which a rank sees that the flags have travelled.
-"""
-
-LEAVES = 3
-"""The first of the flags that mean a failure, by its index. If any rank sets one of them, no rank makes the update."""
+__all__ = ["DataParallel", "check_unwrapped", "equalise", "send_buffers"]
 
 _SYNC_BUFFERS = next(
     name
@@ -43,7 +35,7 @@ _SYNC_BUFFERS = next(
 )
 
 
-def _check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
+def check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
     """Check that the user has not wrapped a model for several processes.
 
     Raises:
@@ -100,7 +92,10 @@ def _zero(param: torch.Tensor, *, sparse: bool) -> torch.Tensor:
 
 
 class DataParallel:
-    """The models of one learner on one of several ranks.
+    """The models of one learner on one of several ranks, which all have the whole models: a `Replica`.
+
+    Among the gradients the first flag is a 1 of the main rank, by which a rank sees that the flags have travelled: it
+    means nothing else in a training batch.
 
     Args:
         world: The ranks.
@@ -111,18 +106,11 @@ class DataParallel:
         options: The arguments of the user for DDP.
 
     Attributes:
-        world: The ranks.
-        wraps: Whether a bundled phase can run, because there is one model without a name.
-        model: The function that a step of a bundled phase calls.
-        together: Whether a forward pass is a collective, in evaluation too, so that all ranks evaluate together.
+        wraps: See `Replica.wraps`: true if there is one model without a name.
     """
 
     together = False
-    model: Callable[..., Any]
-    nan_seen: torch.Tensor | None = None
-    """Whether the loss of a rank is NaN, on the device: the guard of all ranks skips the update then."""
     unsent: UnsentGradients | None = None
-    """The gradients that a sharded model keeps beside its parameters; ``None`` if all are those of the parameters."""
 
     def __init__(
         self,
@@ -134,8 +122,11 @@ class DataParallel:
         options: Mapping[str, Any] | None,
     ) -> None:
         options = options or {}
-        self._begin(world, [*models.values(), *losses], device)
+        self._modules = [*models.values(), *losses]
+        check_unwrapped(self._modules)
+        self._world, self._device = world, device
         self.wraps, self._options = call is not None, options
+        self._nan_seen: torch.Tensor | None = None
         looks = bool(options.get("find_unused_parameters"))  # DDP would take the parameter of the flags as unused
         if looks and any(True for module in losses for _ in module.parameters()):
             raise CoreError(
@@ -149,66 +140,57 @@ class DataParallel:
         self._trained: list[bool] = []
         self._wrapped = _Trained(self._modules, call, self._flags) if call is not None else None
         self._ddp: Any = None
-        self.model = self._run
         equalise(world, self._modules)
 
-    def _begin(self, world: World, modules: Sequence[torch.nn.Module], device: torch.device) -> None:
-        """Keep the arguments that DDP and FSDP share."""
-        _check_unwrapped(modules)
-        self.world, self._modules, self._device = world, modules, device
+    def watch_nan(self, seen: torch.Tensor | None) -> None:
+        """See `Replica.watch_nan`: the guard of all ranks skips the update then."""
+        self._nan_seen = seen
 
     def prepare(self) -> None:
-        """Make DDP ready for a batch: all ranks wrap the model again if other parameters are trained than before."""
+        """See `Replica.prepare`: all ranks wrap the model again if other parameters are trained than before."""
         if self._wrapped is None:
             return
         trained = [param.requires_grad for param in self._wrapped.parameters()]
         if trained != self._trained:
             self._trained, self._ddp = trained, None
             local = None if self._device.type == "cpu" else [self._device]
-            self._ddp = self.world.guarded(
+            self._ddp = self._world.guarded(
                 DistributedDataParallel, self._wrapped, device_ids=local, **{_SYNC_BUFFERS: False, **self._options}
             )
 
-    def _run(self, *inputs: Any, **named: Any) -> Any:
-        return self.world.guarded(self._ddp, *inputs, **named)  # its second call has a collective of its own
+    def model(self, *inputs: Any, **named: Any) -> Any:
+        """See `Replica.model`."""
+        return self._world.guarded(self._ddp, *inputs, **named)  # its second call has a collective of its own
 
     def send(self, wanted: bool) -> None:
-        """Say whether the gradients of the next batch travel: not if its accumulation group has further batches."""
+        """See `Replica.send`."""
         if self.sends is not wanted:  # an attribute of a module takes microseconds to set
             self._ddp.require_backward_grad_sync = wanted
 
     @property
     def sends(self) -> bool:
-        """Whether the gradients of this batch travel."""
+        """See `Replica.sends`."""
         return bool(self._ddp.require_backward_grad_sync)
 
     @property
     def meets(self) -> bool:
-        """Whether this batch has a sync point in its backward pass."""
+        """See `Replica.meets`."""
         return self.sends
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
-        """Run the backward pass of a loss, and return the sums of the flags over all ranks.
-
-        Args:
-            loss: A tensor with one element, with its graph.
-            flags: The flags of this rank, `FLAGS` numbers.
-
-        Raises:
-            RemoteError: A rank has ended or stands still.
-        """
-        if self.nan_seen is not None and self.sends:
-            self.world.guarded(dist.all_reduce, self.nan_seen, op=dist.ReduceOp.MAX)
+        """See `Replica.backward`."""
+        if self._nan_seen is not None and self.sends:
+            self._world.guarded(dist.all_reduce, self._nan_seen, op=dist.ReduceOp.MAX)
         if self._flags is None or not self.sends or not loss.requires_grad:  # without a graph, `backward` raises
-            self.world.guarded(loss.backward)
-            return self.world.sum(flags) if self.sends else [0] * FLAGS
+            self._world.guarded(loss.backward)
+            return self._world.sum(flags) if self.sends else [0] * FLAGS
         self._flags.grad = None
         # The gradient of a product with the parameter is the other factor, whatever the loss is. The sum is the loss
         # itself, because the parameter is zero.
         sent = self._sent + torch.tensor(flags, dtype=torch.float32) if any(flags) else self._sent
-        self.world.guarded((loss + torch.dot(self._flags, sent)).backward)
+        self._world.guarded((loss + torch.dot(self._flags, sent)).backward)
         received: Any = self._flags.grad
-        sums = [round(mean * self.world.size) for mean in received.tolist()]
+        sums = [round(mean * self._world.size) for mean in received.tolist()]
         if sums[0] != 1:  # only the main rank has sent a 1 there, so what was received is this rank's own
             self._refuse_unused()
         return sums
@@ -223,13 +205,10 @@ class DataParallel:
             f"requires_grad_(False), or write TorchCore(ddp={{'find_unused_parameters': True}})."
         )
 
-    def send_zeros(self, flags: Sequence[int]) -> list[int]:
-        """Take part in the backward pass of the other ranks without a loss; return the sums of the flags.
-
-        Every gradient that this rank sends is zero. The flags must tell the others not to use what they get.
-        """
+    def leave(self, flags: Sequence[int]) -> list[int]:
+        """See `Replica.leave`. Every gradient that this rank sends is zero."""
         if self._wrapped is None:
-            return self.world.sum(flags)
+            return self._world.sum(flags)
         self.send(True)
         self._wrapped.without_batch = True
         try:
@@ -238,19 +217,23 @@ class DataParallel:
         finally:
             self._wrapped.without_batch = False
 
-    def forward_without_batch(self) -> None:
-        """Call DDP without a batch whose gradients stay on this rank: its second call has a collective of its own."""
+    def leave_unsent(self) -> None:
+        """See `Replica.leave_unsent`: the second call of DDP has a collective of its own."""
         if self._wrapped is None:
             return
         self._wrapped.without_batch = True
         try:
             with torch.enable_grad():
-                self.world.guarded(self._ddp)
+                self._world.guarded(self._ddp)
         finally:
             self._wrapped.without_batch = False
 
+    def leave_forward(self) -> bool:
+        """See `Replica.leave_forward`; other ranks need nothing from this one in a forward pass."""
+        return True
+
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Set the gradients of parameters to their means over all ranks, by one collective for each type of number.
+        """See `Replica.average`. There is one collective for each type of number.
 
         A parameter that has a gradient on some ranks only counts as zero on the others; one without a gradient on any
         rank stays without. Sparse gradients take a collective for each parameter.
@@ -260,22 +243,27 @@ class DataParallel:
         for param in trained:
             if param in sparse:
                 own = param.grad if param.grad is not None else torch.zeros_like(param, layout=torch.sparse_coo)
-                mean = own.coalesce() / self.world.size
-                self.world.guarded(dist.all_reduce, mean)
+                mean = own.coalesce() / self._world.size
+                self._world.guarded(dist.all_reduce, mean)
                 param.grad = mean if mean._nnz() else None
         for alike in _by_type(param for param in trained if param not in sparse):
             grads = [param.grad if param.grad is not None else torch.zeros_like(param) for param in alike]
             given = torch.tensor([param.grad is not None for param in alike]).to(grads[0])
-            flat = torch.cat([*(grad.reshape(-1) for grad in grads), given]).div_(self.world.size)
-            self.world.guarded(dist.all_reduce, flat)
+            flat = torch.cat([*(grad.reshape(-1) for grad in grads), given]).div_(self._world.size)
+            self._world.guarded(dist.all_reduce, flat)
             *means, given = flat.split([*(grad.numel() for grad in grads), len(alike)])
             for param, grad, mean, anyone in zip(alike, grads, means, given.tolist(), strict=True):
                 if anyone:
                     param.grad = grad.copy_(mean.view_as(grad))
 
     def share_buffers(self) -> None:
-        """Set the buffers of all ranks, such as the statistics of BatchNorm, to those of the main rank."""
-        _send_to_all(self.world, [buffer for module in self._modules for buffer in module.buffers()])
+        """See `Replica.share_buffers`."""
+        send_buffers(self._world, self._modules)
+
+
+def send_buffers(world: World, modules: Iterable[torch.nn.Module]) -> None:
+    """Set the buffers of modules on all ranks to those of the main rank."""
+    _send_to_all(world, [buffer for module in modules for buffer in module.buffers()])
 
 
 def equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:

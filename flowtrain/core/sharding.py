@@ -6,7 +6,7 @@ they free what is not theirs. So a forward pass is a sequence of collectives, in
 a rank without a batch has to take part in all of them.
 
 Ranks agree on a training batch by a message between the loss and the backward pass. A rank that fails before takes
-part in the gathers that are left, without computing anything (`Sharded.gather_rest`). It knows them from the last
+part in the gathers that are left, without computing anything (`Sharded.leave_forward`). It knows them from the last
 complete forward pass, since the units run in the same order in every batch. In the first forward pass no rank knows the
 order yet, so all of them agree before each unit, by a message.
 
@@ -26,7 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from flowtrain.core.data_parallel import LEAVES, DataParallel, equalise
+from flowtrain.core.data_parallel import check_unwrapped, equalise, send_buffers
+from flowtrain.core.replica import LEAVES
 from flowtrain.core.settings import Settings, Shard
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
@@ -61,8 +62,8 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     return found
 
 
-class Sharded(DataParallel):
-    """The model of one learner, sharded over the ranks, on one of them.
+class Sharded:
+    """The model of one learner, sharded over the ranks, on one of them: a `Replica`.
 
     `torch.distributed.fsdp.fully_shard` changes the model in place: its parameters become `DTensor`, which hold the
     part of this rank, and its class a subclass with ``FSDP`` before the name. The names of parameters stay. A model
@@ -76,14 +77,11 @@ class Sharded(DataParallel):
         settings: The settings of the core.
         wanted: The optimizer that the user has passed.
 
-    Attributes:
-        call: The function that runs the model, under autocast where the settings say so.
-
     Raises:
         CoreError: The model, the loss function or the optimizer cannot be used with shards.
     """
 
-    together = True
+    wraps = together = meets = True  # each batch has a sync point, as all ranks gather in it
 
     def __init__(
         self,
@@ -105,40 +103,45 @@ class Sharded(DataParallel):
                 f"The loss function {type(losses[0]).__name__} has parameters, which parallel='fsdp' does not shard. "
                 f"Move them into the model, freeze them (requires_grad_(False)), or write parallel='ddp'."
             )
-        self._begin(world, [model, *losses], device)
-        self.wraps = True
-        self.model = self._run
-        self.call: Callable[..., Any] = model
+        self._modules = [model, *losses]
+        check_unwrapped(self._modules)
+        self._world = world
+        self._call: Callable[..., Any] = model
         self._root: Any = model
         self._units: list[Any] = _shard(world, model, device, settings.shard, settings.fsdp or {}, wanted)
-        self.unsent = self._unsent = UnsentGradients(world, self._units)
+        self.unsent = UnsentGradients(world, self._units)
         self._running: list[int] = []  # the units that have run in the present forward pass, by their numbers
         self._orders: dict[bool, list[int]] = {}  # the units of a complete forward pass, by whether it was training
         self._place: _Place = "before"
         self._first = False  # whether this is a forward pass whose order of units is not known yet
-        self._sends = True
-        self.agree: Callable[[], None] = self._nothing
+        self.sends = True
+        self._nan_seen: torch.Tensor | None = None
+        self._agree: Callable[[], None] | None = None
         for number, unit in enumerate(self._units):
             unit.register_forward_pre_hook(self._before_unit, prepend=True)  # before that of torch, which gathers
             unit.register_forward_pre_hook(partial(_note, self._running, number))
 
-    @staticmethod
-    def _nothing() -> None:
-        """Stand for the sync points within the first forward pass until a loop has set them."""
+    def run_by(self, call: Callable[..., Any]) -> None:
+        """Run the model by this function, which is the model under autocast where the settings say so."""
+        self._call = call
+
+    def agree_by(self, agree: Callable[[], None]) -> None:
+        """Let the ranks agree by this function before each unit of the first forward pass."""
+        self._agree = agree
 
     def _before_unit(self, module: torch.nn.Module, inputs: Any) -> None:
-        if self._first:
-            self.agree()
+        if self._first and self._agree is not None:
+            self._agree()
 
     # --- the forward pass
 
-    def _run(self, *inputs: Any, **named: Any) -> Any:
+    def model(self, *inputs: Any, **named: Any) -> Any:
         """Run the model, and note in which order its units run."""
         training = torch.is_grad_enabled()
         self._running.clear()
         self._first, self._place = training not in self._orders, "inside"
         try:
-            outputs = self.world.guarded(self.call, *inputs, **named)
+            outputs = self._world.guarded(self._call, *inputs, **named)
         except BaseException:
             if self._first:  # the other ranks are at a sync point, within this forward pass or behind it
                 self.reset()
@@ -159,13 +162,8 @@ class Sharded(DataParallel):
         """Note that a sync point before a forward pass is over."""
         self._place = "before"
 
-    def gather_rest(self) -> bool:
-        """Take part in what is left of the present forward pass, without computing anything.
-
-        Returns:
-            Whether this rank has come out of the forward pass; otherwise the other ranks wait at a sync point before
-            it or within the first one.
-        """
+    def leave_forward(self) -> bool:
+        """See `Replica.leave_forward`."""
         training = torch.is_grad_enabled()
         order = self._orders.get(training)
         done = len(self._running) if self._place == "inside" else 0
@@ -175,56 +173,52 @@ class Sharded(DataParallel):
             return False
         for number in order[done:]:
             unit = self._units[number]
-            self.world.guarded(unit.unshard)
+            self._world.guarded(unit.unshard)
             unit.reshard()
         self._place = "after"
         return True
 
     # --- the backward pass
 
-    def forward_without_batch(self) -> None:
-        """See `DataParallel`. There is nothing to do: each batch has a sync point, and it is over."""
+    def leave_unsent(self) -> None:
+        """See `Replica.leave_unsent`. There is nothing to do: each batch has a sync point, and it is over."""
 
     def prepare(self) -> None:
-        """Nothing is prepared for an epoch: units see by themselves which parameters are trained."""
+        """See `Replica.prepare`. There is nothing to do: units see by themselves which parameters are trained."""
+
+    def watch_nan(self, seen: torch.Tensor | None) -> None:
+        """See `Replica.watch_nan`: a NaN of one rank is in the gradients of all, so the guard of all must skip it."""
+        self._nan_seen = seen
 
     def send(self, wanted: bool) -> None:
-        """Say whether the gradients of the next batch travel; without, each rank adds whole gradients of its own."""
+        """See `Replica.send`. While gradients do not travel, each rank adds whole gradients of its own."""
         self._place = "before"
-        if wanted != self._sends:
-            self._sends = wanted
+        if wanted != self.sends:
+            self.sends = wanted
             self._root.set_requires_gradient_sync(wanted)
 
-    @property
-    def sends(self) -> bool:
-        """Whether the gradients of this batch travel."""
-        return self._sends
-
-    @property
-    def meets(self) -> bool:
-        """Whether this batch has a sync point before its backward pass: each batch has, as all ranks gather in it."""
-        return True
-
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
-        """See `DataParallel.backward`. The ranks agree before, and leave the backward pass out if the batch ends."""
+        """See `Replica.backward`. The ranks agree before, and leave the backward pass out if the batch ends."""
         if not loss.requires_grad:
             loss.backward()  # raises, and the other ranks are told
-        sums = self.world.sum(flags)
+        sums = self._world.sum(flags)
         if any(sums[LEAVES:]):
             self.reset()
             return sums
+        if self._nan_seen is not None:
+            self._world.guarded(dist.all_reduce, self._nan_seen, op=dist.ReduceOp.MAX)
         try:
-            self.world.guarded(loss.backward)
+            self._world.guarded(loss.backward)
         except BaseException:
-            self.world.lost = True
+            self._world.give_up()
             raise
         self._place = "before"
         return sums
 
-    def send_zeros(self, flags: Sequence[int]) -> list[int]:
-        """See `DataParallel.send_zeros`."""
-        self.gather_rest()
-        sums = self.world.sum(flags)
+    def leave(self, flags: Sequence[int]) -> list[int]:
+        """See `Replica.leave`."""
+        self.leave_forward()
+        sums = self._world.sum(flags)
         self.reset()
         return sums
 
@@ -237,7 +231,11 @@ class Sharded(DataParallel):
 
     def average(self, params: Any) -> None:
         """Set the gradients of a group that has ended before its last batch to their means over all ranks."""
-        self._unsent.average()
+        self.unsent.average()
+
+    def share_buffers(self) -> None:
+        """See `Replica.share_buffers`."""
+        send_buffers(self._world, self._modules)
 
 
 def _note(running: list[int], number: int, module: torch.nn.Module, inputs: Any) -> None:

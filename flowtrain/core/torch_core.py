@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 
@@ -39,6 +39,7 @@ from flowtrain.core.precision import (
     in_precision,
 )
 from flowtrain.core.prefetch import Placement, Transfer, warn_unable
+from flowtrain.core.replica import Replica, Single
 from flowtrain.core.settings import Settings, Shard
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.world import Parallel, World, find_world, local_rank
@@ -142,7 +143,6 @@ class TorchCore:
         self._needs_norm = self._warned = False
         self._guard: NaNGuard | None = None
         self.world: World | None = None  # the ranks that train together; ``None`` for one process
-        self.parallel: DataParallel | None = None
         self.modes: Modes | None = None  # set by the loop while an epoch of a phase runs
 
     # --- called once, by the learner
@@ -200,14 +200,15 @@ class TorchCore:
             warn_unable(self.device, self.settings.prefetch, self.settings.lag)
         allow_tf32(self.device, self.settings.tf32)
         self.model, self.lossfn = (in_precision(each, self.device, self.precision) for each in (model, lossfn))
-        self.parallel = sharded
+        self.replica: Replica = Single(self.model)
         if self.world is not None:
             state.rank, state.world_size = self.world.rank, self.world.size
         if sharded is not None:
-            sharded.call, self.model = self.model, sharded.model
+            sharded.run_by(self.model)
+            self.replica, self.model = sharded, sharded.model
         elif self.world is not None:
             call, options = self.model if "" in self.models else None, self.settings.ddp
-            self.parallel = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)
+            self.replica = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)
         self.use_optimizers(state, made)
 
     def make_optimizers(self, wanted: Any) -> dict[str, Any]:
@@ -256,8 +257,7 @@ class TorchCore:
         # A scaler needs no guard: it skips every update whose gradients are not finite.
         if wanted and late and self._scaling is None:
             self._guard = NaNGuard(self._optimizers.values(), self.device)
-        if self.parallel is not None:
-            self.parallel.nan_seen = self._guard.nan_seen if self._guard is not None else None
+        self.replica.watch_nan(self._guard.nan_seen if self._guard is not None else None)
         self._choose()
 
     def need_grad_norm(self, needed: bool) -> None:
@@ -299,8 +299,8 @@ class TorchCore:
         return loss if self._scaling is None else self._scaling.scale(loss)
 
     def backward_on_ranks(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
-        """Run the backward pass of a batch that all ranks run; return the sums of the flags (`DataParallel`)."""
-        return cast(DataParallel, self.parallel).backward(self._scaled(loss), flags)
+        """Run the backward pass of a batch that all ranks run; return the sums of the flags (`Replica.backward`)."""
+        return self.replica.backward(self._scaled(loss), flags)
 
     def _backward(self, loss: torch.Tensor) -> None:
         self._scaled(loss).backward()
@@ -341,9 +341,8 @@ class TorchCore:
         return self.groups.due(name)
 
     def average(self, names: Iterable[str]) -> None:
-        """Set the gradients of optimizers to their means over all ranks (`DataParallel.average`)."""
-        params = [param for name in names for param in params_of(self._optimizers[name])]
-        cast(DataParallel, self.parallel).average(params)
+        """Set the gradients of optimizers to their means over all ranks (`Replica.average`)."""
+        self.replica.average([param for name in names for param in params_of(self._optimizers[name])])
 
     def unscale(self, names: Iterable[str]) -> None:
         """Bring the gradients to the values that one batch with the samples of the whole group would have given."""
@@ -378,8 +377,8 @@ class TorchCore:
     def discard(self) -> None:
         """Discard the gradients of the open groups; the next batch begins new groups."""
         self.groups.discard()
-        if self.parallel is not None and self.parallel.unsent is not None:
-            self.parallel.unsent.discard()
+        if self.replica.unsent is not None:
+            self.replica.unsent.discard()
         if self._scaling is not None:
             self._scaling.reset()
 

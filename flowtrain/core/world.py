@@ -101,6 +101,10 @@ class World:
         self.guarded(dist.all_reduce, sums, group=self._group)
         return sums.tolist()
 
+    def give_up(self) -> None:
+        """Make no further exchange, as the other ranks wait in a collective that this one cannot join."""
+        self.lost = True
+
     def guarded(self, collective: Callable[..., T], *args: Any, **named: Any) -> T:
         """Call a function in which all ranks take part, and return its result.
 
@@ -202,7 +206,7 @@ def find_world(parallel: Parallel) -> World | None:
         return None
     own = not dist.is_initialized()
     if own:
-        dist.init_process_group(None if accelerator() else "gloo")
+        _join(None if accelerator() else "gloo")
     elif dist.get_backend() == dist.Backend.NCCL and not torch.cuda.is_available():
         raise CoreError(
             "The process group uses NCCL, which needs a GPU of CUDA in every process, and this one has none. Write "
@@ -213,6 +217,24 @@ def find_world(parallel: Parallel) -> World | None:
         atexit.register(_leave, own)
         _groups[default] = dist.new_group(backend="gloo", timeout=_timeout(default))
     return World(_groups[default])
+
+
+def _join(backend: str | None) -> None:
+    """Join the process group that the environment describes.
+
+    ``torchrun --max-restarts`` may keep one store for all lives of the processes. There the addresses of dead ones
+    would be found, so each life after the first one has names of its own in the store. On several machines the number
+    of restarts may differ between them, so nothing is changed there.
+    """
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0" or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        dist.init_process_group(backend)
+        return
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, size = next(rendezvous("env://"))
+    names = dist.PrefixStore(f"life {life}", store)  # type: ignore[attr-defined]  # it is documented there
+    dist.init_process_group(backend, store=names, rank=rank, world_size=size)
 
 
 def _timeout(group: Any) -> timedelta | None:

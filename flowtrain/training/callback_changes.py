@@ -157,12 +157,12 @@ def _peers(loop: Loop) -> Peers | None:
     if core.world is None:
         return None
     in_batch: tuple[type[Event], ...] = ()
-    if core.parallel is not None and core.parallel.wraps:  # the ranks agree on a batch when they send its gradients
+    if core.replica.wraps:  # the ranks agree on a batch when they send its gradients
         in_batch = (UpdateBegin, UpdateEnd)
         if core.accumulate == 1:
             in_batch = (BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd)
-    sharded = core.parallel is not None and core.parallel.together
-    return Peers(core.world.rank, core.world.size, core.world.exchange, sharded=sharded, in_batch=in_batch)
+    sharded, world = core.replica.together, core.world
+    return Peers(world.rank, world.size, world.exchange, sharded=sharded, in_batch=in_batch)
 
 
 def _sees_norm(node: Node) -> bool:

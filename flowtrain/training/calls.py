@@ -72,7 +72,7 @@ class Calls:
                     self._folders.hold(folders, waits)
                 except BaseException as raised:  # the other ranks must not wait for this one
                     failure = raised
-            refused = loop.agreed("" if failure is None else f"{type(failure).__name__}: {failure}")
+            refused = loop.together.agree("" if failure is None else f"{type(failure).__name__}: {failure}")
             if failure is not None:
                 raise failure
             if refused:
@@ -102,7 +102,7 @@ class Calls:
             if resume is not None:
                 check_path(resume, "fit(resume=", "Leave it out for a fit that begins anew.")
             given = self._loop.state.data if data is None else loaders_by_phase(data)
-            chosen = limited(self._loop.divided(given), limit_batches)
+            chosen = limited(self._loop.together.divide(given), limit_batches)
             self.check_phases(chosen)
             check_fit_data(chosen, by_steps=steps is not None, stacklevel=None if self._loop.state.rank else 3)
             self.stopped = None
@@ -133,7 +133,7 @@ class Calls:
         known = self._loop.state.data
         if data is None and phase not in known:
             raise UsageError(f"There is no data for {phase!r}. Pass it: {call}.")
-        chosen = self._loop.divided(known if data is None else loaders_by_phase({**known, phase: data}))
+        chosen = self._loop.together.divide(known if data is None else loaders_by_phase({**known, phase: data}))
         self.check_phases([phase])
         with self._using(chosen):
             self._loop.epoch(phase, chosen[phase])
@@ -220,7 +220,7 @@ class Calls:
         own = phase if isinstance(phase, AbstractValidationPhase) else None
         loop.scopes.begin_call()  # so that the model cannot start training
         try:
-            with loop.mode(phase), loop.predicting(phase, inputs) as given:
+            with loop.mode(phase), loop.together.predicting(phase, inputs) as given:
                 for each in given:
                     placed = core.place(each) if core.places else each
                     try:

@@ -27,14 +27,15 @@ from flowtrain.callback.events import (
 )
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_step
 from flowtrain.callback.view import CheckpointRequest
-from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a, raise_worst
+from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a
 from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Executor, Mailbox, Runner
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Failed, Plan
+from flowtrain.graph.plan import Failed, Plan, PlannedHandler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.failures import Failures
 from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 
@@ -250,10 +251,8 @@ class Dispatch:
 
         The handlers of callbacks that may request one are run for it. Those that exchange values run on no rank now.
         """
-        for planned in self._callbacks.plan(type(event), type(phase)).handlers if self._callbacks is not None else ():
-            if planned.callback.may_checkpoint and planned.exchange is None:
-                with suppress(Exception):  # this rank has failed already
-                    planned.call(event, phase, planned.view)
+        if self._callbacks is not None:
+            _request(self._callbacks.plan(type(event), type(phase)).handlers, event, phase)
         found = [request for _, request in self.requests]
         self.drop_requests()
         return found
@@ -304,17 +303,17 @@ class Dispatch:
         finally:
             self._scopes.end_call(before)
 
-    def fire_closing(self, event: Event, phase: Phase, failures: list[BaseException]) -> None:
-        """Fire the event that closes a scope, and add its failure, if it raises one, to `failures`.
+    def fire_closing(self, event: Event, phase: Phase) -> None:
+        """Fire the event that closes a scope.
 
         Requests of earlier events are dropped: an interrupt within an event leaves its requests in the queues.
         """
         self.drop_requests()
         try:
             self.fire(event, phase)
-        except BaseException as failure:
-            failures.append(failure)
+        except BaseException:
             self.drop_requests()
+            raise
 
     def drain(self, phase: Phase) -> None:
         """Fire the events that handlers have fired, first in, first out; runners call this when an event has ended.
@@ -325,7 +324,7 @@ class Dispatch:
         if self._draining:
             return  # this is an event that `drain` has fired, and the loop of that call sees the added events
         self._draining = True
-        failures: list[BaseException] = []
+        failures = Failures()
         count = 0
         try:
             while self.fired:
@@ -340,15 +339,14 @@ class Dispatch:
                 try:
                     self.fire(event, phase)
                 except Exception as failure:  # raised below, after the other events have run
-                    failures.append(failure)
+                    failures.add(failure)
         finally:
             self._draining = False
             self._queued = 0
             self.fired.clear()
             requests, self._postponed = self._postponed, []
         self._checkpoint(requests, failures)
-        if failures:
-            raise_worst(failures)
+        failures.raise_worst()
 
     def _take_requests(self) -> list[CheckpointRequest]:
         """Return the checkpoints that handlers of the event that has ended requested, and empty their queue."""
@@ -359,17 +357,22 @@ class Dispatch:
             self._callbacks.check_requests(names)
         return found
 
-    def _checkpoint(self, requests: Sequence[CheckpointRequest], failures: list[BaseException]) -> None:
-        """Take the requested checkpoints now that no handler runs; none after an error, which may be in the state."""
+    def _checkpoint(self, requests: Sequence[CheckpointRequest], failures: Failures) -> None:
+        """Take the requested checkpoints now that no handler runs; none after an error, which may be in the state.
+
+        Args:
+            requests: The requests.
+            failures: The failures of the events, to which that of a checkpoint is added.
+        """
         if not requests or self.checkpoint is None:
             return
-        if not _only_cancels(failures):
+        if not failures.only(CancelException):
             self.drop(requests)
             return
         try:
             self.checkpoint(list(dict.fromkeys(requests)))
         except Exception as failure:  # raised with the other failures
-            failures.append(failure)
+            failures.add(failure)
 
     def drop_requests(self) -> None:
         """Forget the events and checkpoints that handlers requested at an event that has not ended normally."""
@@ -382,7 +385,9 @@ class Dispatch:
         Checkpoints that the event requested are still taken if the failures are only cancels.
         """
         effective = self._effective(event, phase, failures)
-        del failures  # see `raise_worst`
+        if effective and self.state.world_size > 1:  # the other ranks may run these handlers, and wait in a checkpoint
+            _request(_skipped(plan, failures), event, phase)
+        del failures  # see `flowtrain.errors.raise_worst`
         if effective:
             del self.fired[self._queued :]
             requests = self._take_requests()
@@ -390,17 +395,28 @@ class Dispatch:
                 self._checkpoint(requests, effective)
             else:  # `drain` takes them after the events that wait, unless one of these fails
                 self._postponed += requests
-            raise_worst(effective)
+            effective.raise_worst()
 
-    def _effective(self, event: Event, phase: Phase, failures: Sequence[Failed]) -> list[BaseException]:
+    def _effective(self, event: Event, phase: Phase, failures: Sequence[Failed]) -> Failures:
         """Note on each failure where it was raised, and return the failures that have an effect now."""
         for planned, failure in failures:
             self._scopes.note(failure, planned, event, phase)
-        return [failure for _, failure in failures if self._scopes.has_effect(failure)]
+        return Failures(*[failure for _, failure in failures if self._scopes.has_effect(failure)])
 
 
-def _only_cancels(failures: Sequence[BaseException]) -> bool:
-    return all(isinstance(failure, CancelException) for failure in failures)
+def _request(handlers: Sequence[PlannedHandler], event: Event, phase: Phase) -> None:
+    """Run those of some handlers that may request a checkpoint, although a failure of this rank has left them out."""
+    for planned in handlers:
+        if planned.callback.may_checkpoint and planned.exchange is None:
+            with suppress(Exception):  # this rank has failed already
+                planned.call(event, phase, planned.view)
+
+
+def _skipped(plan: Plan, failures: Sequence[Failed]) -> list[PlannedHandler]:
+    """Return the handlers that were not run because a handler that they depend on has failed."""
+    failed = {id(planned) for planned, _ in failures}
+    bits = sum(1 << position for position, planned in enumerate(plan.handlers) if id(planned) in failed)
+    return [planned for planned, before in zip(plan.handlers, plan.ancestors, strict=True) if before & bits]
 
 
 def _seen_after_a_batch(nodes: Sequence[Node], within: Set[type[Event]]) -> frozenset[str] | None:

@@ -22,10 +22,11 @@ from __future__ import annotations
 import _thread
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import FrameType, TracebackType
@@ -33,10 +34,12 @@ from typing import Any, Self
 
 from torch.utils.data._utils import signal_handling
 
-from flowtrain.errors import raise_worst
+from flowtrain.errors import CancelFittingException
 from flowtrain.graph.executor import Mailbox
+from flowtrain.training.checkpoint.remote import Place
+from flowtrain.training.failures import Failures
 
-__all__ = ["Interrupts"]
+__all__ = ["Interrupts", "why_stopped"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -111,7 +114,8 @@ class Interrupts:
         self._mailbox.stopping = False
         if self._received is not None and (failure is None or isinstance(failure, Exception)):
             interrupt = KeyboardInterrupt(_text(self._received))  # the signal came after the last batch boundary
-            raise_worst([interrupt] if failure is None else [failure, interrupt])
+            failures = Failures(interrupt) if failure is None else Failures(failure, interrupt)
+            failures.raise_worst()
 
     def _restore(self) -> None:
         """Install the earlier handlers again, that of SIGINT last."""
@@ -181,6 +185,26 @@ class Interrupts:
             frames = frames.tb_next
         if frames is not None and frames.tb_frame.f_code is Interrupts._leave.__code__:
             failure.__traceback__ = None
+
+
+def why_stopped(why: BaseException | None, saved: Sequence[Place]) -> str:
+    """Return why a cancel or an interrupt has ended a fit, and where, in one line; an empty string without one.
+
+    Args:
+        why: The first failure of the fit.
+        saved: The checkpoints that an interrupt has taken. The interrupt gets a note that names them.
+    """
+    if not isinstance(why, (CancelFittingException, KeyboardInterrupt)):
+        return ""
+    if isinstance(why, KeyboardInterrupt) and saved:
+        files = " and ".join(map(str, saved))
+        why.add_note(f"saved in {files}: fit(..., resume={str(saved[0].parent)!r}) continues from there")
+    text, notes = str(why), list(getattr(why, "__notes__", ()))
+    if not text:
+        return ", ".join([type(why).__name__, *notes])
+    if not notes or re.search(r"\bepoch \d", text):  # a text that names the epoch says where it was
+        return text
+    return f"{text} ({'; '.join(notes)})"
 
 
 def _answer(received: signal.Signals) -> None:

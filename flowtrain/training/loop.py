@@ -6,9 +6,8 @@ closes the batch, the epoch and the fit that it leaves, and `FitEnd` runs for ev
 
 from __future__ import annotations
 
-import re
-from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -26,35 +25,39 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.core.optimizers import check_trained
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.loaders import length
-from flowtrain.errors import (
-    CancelBatchException,
-    CancelEpochException,
-    CancelException,
-    CancelFittingException,
-    attempt,
-    raise_worst,
-)
+from flowtrain.errors import CancelBatchException, CancelEpochException, CancelException, CancelFittingException
 from flowtrain.graph.executor import Executor
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.position import Position, Stream, loader_start
-from flowtrain.training.checkpoint.remote import Place
 from flowtrain.training.dispatch import Dispatch
+from flowtrain.training.failures import Failures
 from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
-from flowtrain.training.interrupts import Interrupts
-from flowtrain.training.ranks import EPOCHS_BROKEN_OFF, FIT_END
-from flowtrain.training.scopes import Scopes
+from flowtrain.training.interrupts import Interrupts, why_stopped
+from flowtrain.training.ranks.ranks import Ranks
+from flowtrain.training.ranks.sync_points import (
+    EPOCH_BEGIN,
+    EPOCH_END,
+    EPOCHS_BROKEN_OFF,
+    FIT_BEGIN,
+    FIT_END,
+    LAST_BATCH,
+    RESUME,
+)
+from flowtrain.training.scopes import CLOSED, Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain.training.step import Steps, detach_loss
+from flowtrain.training.step_errors import see_memory_error
+from flowtrain.training.together import Alone, Together
 
-__all__ = ["LEFT_OPEN", "Loop"]
+__all__ = ["Loop"]
 
 _EPOCH_BEGIN, _EPOCH_END, _EPOCH_CANCELLED = EpochBegin(), EpochEnd(), EpochCancelled()
 _REST_BEGIN, _REST_END = UpdateBegin(in_batch=False), UpdateEnd(in_batch=False)
 
-LEFT_OPEN = "the step caught an exception and left its batch open"
+_LEFT_OPEN = "the step caught an exception and left its batch open"
 
 
 class Loop:
@@ -68,6 +71,7 @@ class Loop:
         dispatch: Fires events.
         steps: Runs batches.
         sinks: The logging backends of the callbacks.
+        together: The processes that train together: this one alone, or one of several ranks.
         checkpoints: Takes checkpoints, and resumes from them.
     """
 
@@ -75,51 +79,25 @@ class Loop:
         self.state, self.core, self.executor = state, core, executor
         self.scopes, self.sinks = Scopes(), Sinks()
         self.dispatch = Dispatch(state, self.scopes, executor, self.sinks, accumulates=core.accumulate > 1)
-        self.checkpoints = self._make_checkpoints()
-        self.dispatch.checkpoint = self.checkpoints.take
-        self.steps = self._make_steps()
-
-    # --- the parts of a fit that `flowtrain.training.rank_loop.RankLoop` replaces where several ranks train
-
-    def _make_steps(self) -> Steps:
-        """Return the object that runs batches."""
-        return Steps(self.state, self.core, self.scopes, self.dispatch, self.checkpoints)
-
-    def _make_checkpoints(self) -> Checkpoints:
-        """Return the object that takes checkpoints and resumes from them."""
-        return Checkpoints(self.state, self.core, self.executor, self.scopes, self.sinks, self.dispatch.mailbox)
-
-    def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
-        """Let the next fit begin at the position of a checkpoint; see `Checkpoints.resume`."""
-        self.checkpoints.resume(path, data, unit, self.dispatch)
-
-    def divided(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """Return the loaders that this process uses: those of the user, or the shares of this rank."""
-        return data
-
-    def agreed(self, value: Any) -> Any:
-        """Return the value of the main rank, which in one process is `value`. Every rank calls this together."""
-        return value
-
-    def _interrupts(self, workers: bool, on_terminal: bool) -> Interrupts:
-        """Return the context in which signals end the fit; `Interrupts` describes the arguments."""
-        return Interrupts(self.dispatch.mailbox, self.checkpoints.interrupted, workers, answers=on_terminal)
-
-    def _planned_updates(self, data: PhaseMap[Any], *counts: int | None) -> int | None:
-        """Return the number of updates of a fit, the same on all ranks; `planned_updates` describes the arguments."""
-        return planned_updates(data, self.core.accumulate, *counts)
-
-    def predicting(self, phase: Phase, inputs: Iterable[Any]) -> AbstractContextManager[Iterable[Any]]:
-        """Return a context that gives these inputs, in which the model runs on each of them."""
-        return nullcontext(inputs)
-
-    def _meet(self, point: str, failures: list[BaseException]) -> None:
-        """Wait for the other ranks at a sync point, and add their failures to those of this one."""
-
-    def _merge(self, phase: Phase, failures: list[BaseException]) -> None:
-        """Merge the measurements of all ranks in an epoch, before `EpochEnd` shows them."""
+        self.together: Together = Alone(core)
+        if core.world is not None:
+            self.together = Ranks(core.world, state, core, self.scopes, self.dispatch)
+        mailbox, parts = self.dispatch.mailbox, self.together.parts
+        self.checkpoints = Checkpoints(state, core, executor, self.scopes, self.sinks, mailbox, parts)
+        self.dispatch.checkpoint, self.dispatch.drop = self.checkpoints.take, parts.drop
+        self.steps = Steps(state, core, self.scopes, self.dispatch, self.checkpoints, self.together.sync)
+        self.sinks.name_run(self.together.agree(self.sinks.run.id))
 
     # --- fit and epoch
+
+    def resume(self, path: Any, data: PhaseMap[Any], unit: str) -> None:
+        """Let the next fit begin at the position of a checkpoint, on all ranks or on none; see `Checkpoints.resume`."""
+        self.together.begin()
+        failures = Failures()
+        with failures:
+            self.checkpoints.resume(path, data, unit, self.dispatch)
+        self.together.point(RESUME, failures)
+        failures.raise_worst()
 
     def fit(
         self,
@@ -144,7 +122,9 @@ class Loop:
             workers = any(has_workers(loader) for loader in data.values())
             paths = {path for node in self.dispatch.nodes for path, _ in node.union}
             on_terminal = ("resource", "terminal") in paths
-            with self._interrupts(workers, on_terminal):
+            save = self.checkpoints.interrupted
+            hold = self.together.begin_fit(save)
+            with Interrupts(self.dispatch.mailbox, save, workers, answers=on_terminal, hold=hold):
                 return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can break off `_fit` at any line, and the learner must still be usable
             self.scopes.close_fit()
@@ -167,30 +147,32 @@ class Loop:
         none of these parts is left out, and are raised at the end.
         """
         self.scopes.open_fit()
-        failures: list[BaseException] = []
-        attempt(failures, self._begin_fit, data, epochs, steps, validate_every)
-        self._meet("FitBegin", failures)
+        failures = Failures()
+        with failures:
+            self._begin_fit(data, epochs, steps, validate_every)
+        self.together.point(FIT_BEGIN, failures)
         if not failures:
-            if epochs is not None:
-                attempt(failures, self._fit_epochs, data, epochs, validate_every or 1)
-            else:
-                attempt(failures, self._fit_steps, data, steps or 0, validate_every)
+            with failures:
+                if epochs is not None:
+                    self._fit_epochs(data, epochs, validate_every or 1)
+                else:
+                    self._fit_steps(data, steps or 0, validate_every)
             if failures:
-                self._meet(EPOCHS_BROKEN_OFF, failures)
+                self.together.point(EPOCHS_BROKEN_OFF, failures)
         self.scopes.end_fit()
-        broken_off = self.checkpoints.position.phase or any(not isinstance(f, CancelFittingException) for f in failures)
-        end = FitEnd(_why_stopped(failures, self.checkpoints.saved), complete=not broken_off)
-        self.dispatch.fire_closing(end, Phase(), failures)
+        broken_off = self.checkpoints.position.phase or not failures.only(CancelFittingException)
+        end = FitEnd(why_stopped(failures.first, self.checkpoints.saved), complete=not broken_off)
+        with failures:
+            self.dispatch.fire_closing(end, Phase())
         # Empty the mailbox before `end_fit` forgets the position, because a checkpoint in the mailbox needs it; and
         # again at the end, because the writer and the sinks may have put in calls meanwhile.
         empty = self.dispatch.mailbox.empty
         for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
-            attempt(failures, finish)
-        self._meet(FIT_END, failures)
+            failures.attempt(finish)
+        self.together.point(FIT_END, failures)
         stopped: BaseException | None = None
         try:
-            if failures:
-                raise_worst(failures)
+            failures.raise_worst()
         except CancelFittingException as cancel:
             stopped = cancel
             for kept in (cancel, *getattr(cancel, "others", ())):
@@ -202,7 +184,8 @@ class Loop:
         self, data: PhaseMap[Any], epochs: int | None, steps: int | None, validate_every: int | None
     ) -> None:
         """Fire `FitBegin`, and restore the random state of the checkpoint that the fit resumes from, if any."""
-        updates = self._planned_updates(data, epochs, steps, validate_every)
+        planned = partial(planned_updates, data, self.core.accumulate, epochs, steps, validate_every)
+        updates = self.together.plan(planned)
         position = self.checkpoints.begin_fit("steps" if epochs is None else "epochs")
         training = next((phase for phase in data if isinstance(phase, AbstractTrainingPhase)), None)
         done = position.completed(training or Phase())
@@ -254,6 +237,8 @@ class Loop:
 
     def epoch(self, phase: Phase, loader: Iterable[Any], most: int | None = None) -> None:
         """Run one epoch of a phase over a loader, of at most `most` batches."""
+        if self.scopes.fit == CLOSED:
+            self.together.begin()
         try:
             self._epoch(phase, loader, most)
         finally:  # a second interrupt can be raised while the epoch is being closed
@@ -270,40 +255,49 @@ class Loop:
         `EpochCancelled` is fired instead, the position of the fit stays within the epoch, and the failure is raised.
         """
         scopes, position = self.scopes, self.checkpoints.position
-        failures: list[BaseException] = []
+        failures, begun, batches = Failures(), Failures(), loader
         with self.mode(phase):
             scopes.open_epoch(phase)
             self.state.show(BatchState())
             try:
                 self.core.end_groups()
-                batches = self._begin_epoch(phase, loader)
-                self._run(phase, batches, shortest(length(loader), most), most)
+                with begun:
+                    batches = self._begin_epoch(phase, loader)
+                self.together.point(EPOCH_BEGIN, begun)
+                begun.raise_worst()
+                known = length(loader)
+                announced = known is not None or isinstance(loader, Stream)
+                self._run(phase, batches, shortest(known, most), most, announced=announced)
                 check_gave(scopes.batch_number, phase, loader)
             except CancelEpochException:
                 pass
             except BaseException as failure:  # raised below, after the epoch is closed
                 scopes.locate(failure, phase, "after ")
-                self.steps.see_memory_error(failure, phase)
-                failures.append(failure)
+                self._see_memory_error(failure, phase)
+                failures.add(failure)
                 if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
-                    attempt(failures, self.dispatch.mailbox.empty)
-            self._meet("the end of the batches", failures)
+                    failures.attempt(self.dispatch.mailbox.empty)
+            self.together.point(LAST_BATCH, failures)
             # The completed batch is shown before the update of the groups, because handlers of this update read that
             # batch.
             self._show(scopes.completed)
-            self._update_unfilled(phase, failures)
+            if failures.only(CancelException):
+                failures.attempt(self._update_unfilled, phase)
             self.core.groups.last_batch = False
-            attempt(failures, self.core.end_groups)  # a device that has failed fails here too
-            self._merge(phase, failures)
+            failures.attempt(self.core.end_groups)  # a device that has failed fails here too
+            self.together.merge(phase, failures)
             scopes.end_epoch()
             if not failures:
                 position.end_epoch(scopes.batch_number)
-            self.dispatch.fire_closing(_EPOCH_CANCELLED if failures else _EPOCH_END, phase, failures)
-            self._meet("EpochEnd", failures)
-        if failures:
-            raise_worst(failures)
+            with failures:
+                self.dispatch.fire_closing(_EPOCH_CANCELLED if failures else _EPOCH_END, phase)
+            self.together.point(EPOCH_END, failures)
+        failures.raise_worst()
 
-    def _update_unfilled(self, phase: Phase, failures: list[BaseException]) -> None:
+    def _see_memory_error(self, failure: BaseException, phase: Phase) -> None:
+        see_memory_error(failure, phase, self.core, self.state.batch if self.scopes.batch else None)
+
+    def _update_unfilled(self, phase: Phase) -> None:
         """Update the parameters with the gradients of groups that still wait for batches, as the epoch has no more.
 
         A group still waits if the last batch or the epoch was cancelled, or the loader gave fewer batches than its
@@ -312,7 +306,7 @@ class Loop:
         effect, because the epoch is ending anyway.
         """
         groups, scopes = self.core.unfilled(), self.scopes
-        if not groups or not all(isinstance(failure, CancelException) for failure in failures):
+        if not groups:
             return
         self.state.batch.grads = self.core.grads
         scopes.open_batch()
@@ -321,14 +315,15 @@ class Loop:
                 self.steps.update_due(phase, names, _REST_BEGIN, _REST_END)
         except (CancelBatchException, CancelEpochException):
             self.core.discard()
-        except BaseException as failure:  # raised by `_epoch` after the epoch is closed
+        except BaseException as failure:
             self.core.discard()
             scopes.locate(failure, phase)
-            self.steps.see_memory_error(failure, phase)
+            self._see_memory_error(failure, phase)
             if not isinstance(failure, CancelException):
                 self.checkpoints.drop_requests()
-            failures.append(failure)
-        scopes.close_batch()
+            raise
+        finally:
+            scopes.close_batch()
 
     @contextmanager
     def mode(self, phase: Phase) -> Generator[None]:
@@ -380,7 +375,9 @@ class Loop:
             self.state.show(batch if batch is not None else BatchState())
         detach_loss(self.state.batch)
 
-    def _run(self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None) -> None:
+    def _run(
+        self, phase: Phase, batches: Iterable[Any], total: int | None, most: int | None, *, announced: bool
+    ) -> None:
         """Run the rest of the batches of an epoch.
 
         Args:
@@ -388,33 +385,37 @@ class Loop:
             batches: The batches that are left.
             total: The number of batches in the whole epoch; ``None`` if it is not known.
             most: The most batches that the whole epoch may have; ``None`` for no limit.
+            announced: Whether the loader gives as many batches as `total` says.
         """
         step, scopes, calls = self.steps.step_of(phase), self.scopes, self.dispatch.mailbox.calls
         done = scopes.batch_number
         if most is not None:
             batches = islice(batches, most - done)
-        fed = self.dispatch.batches(self.core.feed(batches, None if total is None else total - done))
-        for scopes.batch_number, raw in enumerate(fed, done + 1):
-            try:
-                step(raw)
-                if scopes.batch:  # true unless CLOSED, which is 0: the cheapest test, as it runs for every batch
-                    raise CancelBatchException(LEFT_OPEN)
-            except BaseException as failure:  # `cancel_batch` closes the batch, and raises all but a cancel of it
-                self.steps.cancel_batch(phase, failure, CancelBatchException)
-            if calls:  # before the loader draws the next batch, so that a checkpoint has the generators of this one
-                self.dispatch.mailbox.empty()
+        with self.together.batches(phase, batches, done, total, announced=announced) as fed:
+            for scopes.batch_number, raw in enumerate(self.dispatch.batches(fed), done + 1):
+                try:
+                    step(raw)
+                    if scopes.batch:  # true unless CLOSED, which is 0: the cheapest test, as it runs for every batch
+                        raise CancelBatchException(_LEFT_OPEN)
+                except BaseException as failure:  # `cancel_batch` closes the batch, and raises all but a cancel of it
+                    with self.together.after_sync(phase):
+                        self.steps.cancel_batch(phase, failure, CancelBatchException)
+                if calls:  # before the loader draws the next batch, so that a checkpoint has the generators of this one
+                    with self.together.after_sync(phase):
+                        self.dispatch.mailbox.empty()
 
     # --- one batch
 
     def step(self, phase: Phase, raw: Any) -> BatchState:
         """Run one batch outside of an epoch, in the mode of its phase, and return the state of the batch."""
+        self.together.begin(phase)
         try:
             self.scopes.begin_call()  # so that a handler of this batch can start neither a fit nor another step
             with self.mode(phase):
                 try:
                     self.steps.step_of(phase)(raw)
                     if self.scopes.batch:
-                        raise CancelBatchException(LEFT_OPEN)
+                        raise CancelBatchException(_LEFT_OPEN)
                 except BaseException as failure:  # a cancel of the epoch ends the batch, since no epoch is open
                     self.steps.cancel_batch(phase, failure, CancelBatchException, CancelEpochException)
             detach_loss(self.state.batch)
@@ -423,24 +424,3 @@ class Loop:
         finally:
             self.scopes.close_step()
         return self.state.batch
-
-
-def _why_stopped(failures: list[BaseException], saved: Sequence[Place]) -> str:
-    """Return why a cancel or an interrupt has ended a fit, and where, in one line; an empty string without one.
-
-    Args:
-        failures: The failures of the fit.
-        saved: The checkpoints that an interrupt has taken. The interrupt gets a note that names them.
-    """
-    if not failures or not isinstance(failures[0], (CancelFittingException, KeyboardInterrupt)):
-        return ""
-    why = failures[0]
-    if isinstance(why, KeyboardInterrupt) and saved:
-        files = " and ".join(map(str, saved))
-        why.add_note(f"saved in {files}: fit(..., resume={str(saved[0].parent)!r}) continues from there")
-    text, notes = str(why), list(getattr(why, "__notes__", ()))
-    if not text:
-        return ", ".join([type(why).__name__, *notes])
-    if not notes or re.search(r"\bepoch \d", text):  # a text that names the epoch says where it was
-        return text
-    return f"{text} ({'; '.join(notes)})"

@@ -6,8 +6,7 @@ because a scope that is ending cannot be cancelled any more.
 
 Scopes change through the methods here, with one exception: assignments that are made for every batch, since a method
 call would cost more than the assignment. `flowtrain.training.step` sets `batch`, `backward` and `completed`, and the
-loop sets `batch_number`; where several ranks train, `flowtrain.training.rank_steps` and `flowtrain.training.rank_loop`
-set them in the same places.
+loop sets `batch_number`.
 """
 
 from __future__ import annotations
@@ -125,6 +124,10 @@ class Scopes:
         """Begin a batch."""
         self.backward = False
         self.batch = OPEN
+
+    def set_backward(self, begun: bool) -> None:
+        """Say whether a cancel of the open batch discards gradients, as after the begin of its backward pass."""
+        self.backward = begun
 
     def end_batch(self) -> None:
         """Refuse cancels of the batch from now on: `BatchEnd` or `BatchCancelled` is about to be fired."""

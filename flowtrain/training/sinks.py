@@ -57,6 +57,10 @@ class Sinks:
         self.lease = _Lease()
         self._abandon = weakref.finalize(self.lease, _abandon, self._opened)
 
+    def name_run(self, name: str) -> None:
+        """Give the run the id that all ranks share."""
+        self.run = Run(name)
+
     @staticmethod
     def check(nodes: Iterable[Node]) -> None:
         """Check the backends of callbacks that a learner is about to use.

@@ -36,17 +36,19 @@ from flowtrain.callback.phases import (
     has_bundled_step,
 )
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CancelException, CoreError, DataError, LossError, UsageError, describe, is_a, raise_worst
+from flowtrain.errors import CancelException, CoreError, DataError, UsageError, describe, is_a
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.dispatch import Dispatch, StepRunners
+from flowtrain.training.failures import Failures
+from flowtrain.training.ranks.batch_sync import BatchSync
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
+from flowtrain.training.step_errors import check_graph, loss_error, note_inputs, see_memory_error
 
-__all__ = ["Steps", "check_graph", "detach_loss"]
+__all__ = ["Steps", "detach_loss"]
 
 _DEVICE_FAILURES = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))  # torch 2.8
-_NO_MEMORY = "the device ran out of memory"
 
 _Bundled: TypeAlias = AbstractTrainingPhase | AbstractValidationPhase  # a phase with a bundled step
 
@@ -64,13 +66,20 @@ class Steps(StepContext):
         scopes: The open scopes.
         dispatch: Fires events.
         checkpoints: Drops the requests of a batch that ends with an error.
+        sync: Synchronises each batch with those of the other ranks; ``None`` for one process.
     """
 
     def __init__(
-        self, state: LearnerState, core: TorchCore, scopes: Scopes, dispatch: Dispatch, checkpoints: Checkpoints
+        self,
+        state: LearnerState,
+        core: TorchCore,
+        scopes: Scopes,
+        dispatch: Dispatch,
+        checkpoints: Checkpoints,
+        sync: BatchSync | None,
     ) -> None:
         self._state, self._core, self._scopes, self._dispatch = state, core, scopes, dispatch
-        self._checkpoints = checkpoints
+        self._checkpoints, self._sync = checkpoints, sync
         self._runners = dispatch.runners
 
     # --- the state of training
@@ -129,6 +138,9 @@ class Steps(StepContext):
     def run_batch(self, phase: Phase, **state: Any) -> Generator[BatchState]:
         """See `StepContext.run_batch`."""
         core, scopes = self._core, self._scopes
+        sync = None if self._sync is None or isinstance(phase, AbstractValidationPhase) else self._sync
+        if sync is not None:
+            sync.begin_own()
         if scopes.batch != CLOSED:
             raise UsageError(f"run_batch({phase!r}) was called inside an open batch. Leave that one first.")
         batch = BatchState()
@@ -143,6 +155,8 @@ class Steps(StepContext):
             if torch.is_grad_enabled():
                 core.groups.begin()
             yield batch
+            if sync is not None:
+                sync.agree()
         except BaseException as failure:
             self.cancel_batch(phase, failure)  # always raises, since no exception is given to end here
         scopes.end_batch()
@@ -154,6 +168,8 @@ class Steps(StepContext):
     def fire(self, event: Event, phase: Phase) -> None:
         """See `StepContext.fire`."""
         if is_a(event, UpdateEnd):  # a step that calls its optimizer itself fires this event instead of `update`
+            if self._sync is not None:
+                self._sync.refuse_update(phase)
             self._state.updates += 1
         self._dispatch.fire_from_outside(event, phase)
 
@@ -190,6 +206,8 @@ class Steps(StepContext):
     def update(self, phase: Phase, name: str | None = None) -> None:
         """See `StepContext.update`."""
         self._need_batch("update")
+        if self._sync is not None:
+            self._sync.count()
         names = self._core.due(name)
         if names:
             self.update_due(phase, names, _UPDATE_BEGIN, _UPDATE_END)
@@ -202,13 +220,16 @@ class Steps(StepContext):
 
     def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
         """See `StepContext.train`."""
-        on, core, scopes = self._runners[phase], self._core, self._scopes
-        batch = self._open(phase, on, raw, core.model, True)
+        on, core, scopes, sync = self._runners[phase], self._core, self._scopes, self._sync
+        batch = self._open(phase, on, raw, core.model if sync is None else sync.begin(phase), True)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, phase)
         try:
-            core.backward(batch.loss)
+            if sync is None:
+                core.backward(batch.loss)
+            else:
+                sync.backward(phase, batch.loss)
         except RuntimeError as error:
             check_graph(phase, "batch.loss", batch.loss, error)
             raise
@@ -226,8 +247,12 @@ class Steps(StepContext):
             self._state.updates += 1
             if on.update_end is not None:
                 on.update_end(_UPDATE_END, phase)
-        else:
+        elif sync is None:
             self.update(phase)
+        else:
+            sync.after_backward(phase)
+            self.update(phase)
+            sync.end(phase)
         scopes.batch = ENDING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, phase)
@@ -284,7 +309,7 @@ class Steps(StepContext):
             call = on.call_model
             outputs = batch.outputs = model(inputs) if call is None else call(model, inputs)
         except (TypeError, ValueError, RuntimeError) as error:
-            _note_inputs(error, phase, batch.inputs, whole=on.call_model is None)
+            note_inputs(error, phase, batch.inputs, whole=on.call_model is None)
             raise
         if type(outputs) is not torch.Tensor:
             core.show(batch)
@@ -298,10 +323,10 @@ class Steps(StepContext):
             raise
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
             if isinstance(error, AttributeError) and error.name == "numel" and "loss" in vars(batch):
-                raise _loss_error(phase, core, batch, f"returned {describe(batch.loss)}, which is no tensor") from None
-            raise _loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
+                raise loss_error(phase, core, batch, f"returned {describe(batch.loss)}, which is no tensor") from None
+            raise loss_error(phase, core, batch, f"raised {type(error).__name__}: {error}") from error
         if not scalar:
-            raise _loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
+            raise loss_error(phase, core, batch, f"returned {describe(loss)}, which is no single number")
         return batch
 
     # --- the loop
@@ -315,13 +340,18 @@ class Steps(StepContext):
             return partial(self.train, phase)
         if isinstance(phase, AbstractValidationPhase) and has_bundled_step(type(phase), AbstractValidationPhase):
             return partial(self.evaluate, phase)
-        return partial(phase.step, self)
+        step = partial(phase.step, self)
+        return step if self._sync is None else self._sync.around(phase, step)
 
     def update_due(self, phase: Phase, names: list[str], begin: UpdateBegin, end: UpdateEnd) -> None:
         """Clip and step the optimizers of these names together, between the two events."""
-        on, core = self._runners[phase], self._core
+        on, core, sync = self._runners[phase], self._core, self._sync
+        if sync is not None:
+            sync.average(phase, names, in_batch=begin.in_batch)
         core.unscale(names)
-        if on.update_begin is not None:
+        if sync is not None:
+            sync.begin_update(begin, phase, on.update_begin)
+        elif on.update_begin is not None:
             on.update_begin(begin, phase)
         norm = core.clip(names)
         if norm is not None:
@@ -329,7 +359,10 @@ class Steps(StepContext):
         core.step(names)
         self._state.updates += 1
         if on.update_end is not None:
-            on.update_end(end, phase)
+            if sync is None:
+                on.update_end(end, phase)
+            else:
+                sync.end_update(end, phase, on.update_end)
 
     def cancel_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """Close the batch after an exception, if it is open, and raise the worst failure.
@@ -340,12 +373,14 @@ class Steps(StepContext):
             ends: Types of exceptions that end with the batch, and are not raised.
         """
         scopes = self._scopes
+        if self._sync is not None:
+            failure = self._sync.leave(phase, failure)
         scopes.locate(failure, phase)
-        self.see_memory_error(failure, phase)
-        failures = [failure]
-        del failure  # see `raise_worst`
+        see_memory_error(failure, phase, self._core, self._state.batch if scopes.batch else None)
+        failures = Failures(failure)
+        del failure  # see `flowtrain.errors.raise_worst`
         self._dispatch.drop_requests()  # an interrupt within an event leaves the requests of its handlers
-        if not isinstance(failures[0], CancelException):
+        if not failures.only(CancelException):
             self._checkpoints.drop_requests()
         completed = None
         if scopes.batch == OPEN:
@@ -353,29 +388,12 @@ class Steps(StepContext):
             if scopes.backward:
                 self._core.discard()
                 detach_loss(self._state.batch)
-            self._dispatch.fire_closing(_BATCH_CANCELLED, phase, failures)
+            with failures:
+                self._dispatch.fire_closing(_BATCH_CANCELLED, phase)
         elif scopes.batch == ENDING:
             completed = self._state.batch  # a handler of `BatchEnd` has failed, but the batch is complete
         scopes.close_batch(completed)
-        raise_worst(failures, *ends)
-
-    def see_memory_error(self, failure: BaseException, phase: Phase) -> None:
-        """Make the learner usable after an error of memory, and add a note to it, once.
-
-        The note says which part of the step it came from, and what helps. Any other failure is left alone.
-        """
-        notes = getattr(failure, "__notes__", ())
-        if not isinstance(failure, torch.OutOfMemoryError) or any(note.startswith(_NO_MEMORY) for note in notes):
-            return
-        self._core.groups.drop_unused_states()
-        batch = vars(self._state.batch)
-        if any(note.startswith("raised in ") for note in notes):  # the note of rule 15, which names the handler
-            part = "a handler of a callback"
-        elif self._scopes.batch == CLOSED:
-            part, batch = "the loader, or on a batch's way to the device", {}
-        else:
-            part = _part_of_step(phase, batch)
-        failure.add_note(_memory_note(part, batch, self._core.accumulate))
+        failures.raise_worst(*ends)
 
 
 def detach_loss(batch: BatchState) -> None:
@@ -395,54 +413,3 @@ def _split(phase: AbstractTrainingPhase | AbstractValidationPhase, raw: object) 
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise DataError(f"{phase!r}.split(raw) must return (inputs, targets), or (raw, None), got {describe(pair)}.")
     return pair
-
-
-def _part_of_step(phase: Phase, batch: Mapping[str, object]) -> str:
-    """Return the part of a step that has failed, by the entries that a bundled step has written before."""
-    if not has_bundled_step(type(phase)):
-        return f"the step of {phase!r}"
-    order = {"outputs": "the forward pass", "loss": "the loss", "grads": "the backward pass"}
-    return next((part for name, part in order.items() if batch.get(name) is None), "the update")
-
-
-def _note_inputs(error: Exception, phase: Phase, inputs: object, *, whole: bool) -> None:
-    """Note on an error of the model how it was called: with the inputs as the `whole` argument, or by the phase."""
-    error.add_note(f"raised by the model in {phase!r}, called with batch.inputs: {describe(inputs)}")
-    if whole and isinstance(error, TypeError) and isinstance(inputs, (tuple, list, Mapping)):
-        error.add_note(f"To pass its items as arguments, set unpack = True in a subclass of {phase!r}.")
-
-
-def _memory_note(part: str, batch: Mapping[str, object], accumulate: int) -> str:
-    """Return a note for an error of memory: the part of the step that it came from, and what helps."""
-    size = f", with inputs of {describe(batch['inputs'])}" if "inputs" in batch else ""
-    return (
-        f"{_NO_MEMORY} in {part}{size}. These need less: smaller batches with "
-        f"TorchCore(accumulate={2 * accumulate}), which trains on as many samples in an update; precision='bf16'; "
-        f"callbacks that keep nothing of a batch (flowtrain.testing.leaks finds the others). The learner can be used "
-        f"again; the error holds the memory of this batch, so leave its `except` block first."
-    )
-
-
-def _loss_error(phase: object, core: TorchCore, batch: BatchState, what: str) -> LossError:
-    return LossError(
-        f"The loss function {core.loss_name} {what}\n"
-        f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "
-        f"{describe(batch.targets)}. The model and the loss must fit: change the model's last layer, the targets that "
-        f"the dataset returns, or wrap the loss in a function of (outputs, targets) that returns a tensor with one "
-        f"element."
-    )
-
-
-def check_graph(phase: object, what: str, loss: torch.Tensor, error: RuntimeError) -> None:
-    """Explain the error of a backward pass if its cause is a loss without an autograd graph.
-
-    Raises:
-        LossError: The loss has no graph.
-    """
-    if not loss.requires_grad:
-        raise LossError(
-            f"{phase!r} cannot run a backward pass: {what} is {describe(loss)}, without a graph, so no parameter can "
-            f"get a gradient from it. Something between the parameters and the loss cuts the graph: look for "
-            f"detach(), item(), torch.tensor(...), torch.no_grad() and torch.inference_mode() in the model, the loss "
-            f"function and around the call, and for frozen parameters (requires_grad_(False))."
-        ) from error

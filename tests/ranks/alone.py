@@ -29,7 +29,7 @@ from tests.ranks.by_hand import Batches, classes, differing, train, trained
 from tests.support.fired import short
 from tests.support.ranks import Failure, rank, send
 
-__all__ = ["ACTIONS", "BATCHES", "EPOCHS", "Alone", "End", "Everywhere", "by_hand", "fit", "model"]
+__all__ = ["ACTIONS", "BATCHES", "EPOCHS", "SGD", "Alone", "End", "Everywhere", "by_hand", "fit", "model"]
 
 EPOCHS, BATCHES = 2, 4
 SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9)

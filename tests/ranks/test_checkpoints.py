@@ -19,6 +19,7 @@ from flowtrain import (
     BatchBegin,
     BatchEnd,
     Callback,
+    CancelEpochException,
     EpochBegin,
     EpochEnd,
     Event,
@@ -28,6 +29,7 @@ from flowtrain import (
     TorchCore,
     TrainingPhase,
     UpdateEnd,
+    Write,
     on,
 )
 from flowtrain.callbacks import EMA, Checkpointer
@@ -188,6 +190,54 @@ class Saves(Callback):
 
 class SaysSo(Saves):
     may_checkpoint = True
+
+
+class Marks(Callback):
+    """Writes an entry that `SavesAfter` reads, or raises on rank 1 in the n-th batch."""
+
+    ranks = "every"
+
+    def __init__(self, failure: Exception, nth: int) -> None:
+        self.failure, self.left = failure, nth
+
+    def state_access(self) -> Access:
+        return {"cbstate.mark": Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def mark(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.left -= 1
+        if not self.left and rank():
+            raise self.failure
+        learner.cbstate.mark = 1
+
+
+class SavesAfter(SaysSo):
+    """Is not run where `Marks` has failed."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.mark": Read(optional=True)}
+
+
+def depend(folder: str, failure: Exception, accumulate: int) -> End:
+    dist.init_process_group("gloo")
+    core = TorchCore(device="cpu", accumulate=accumulate)
+    return fit(Marks(failure, 2), SavesAfter(folder), core=core)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("failure", [ValueError("only here"), CancelEpochException("only here")], ids=repr)
+def test_a_rank_takes_part_in_a_checkpoint_although_its_requester_depends_on_a_handler_that_failed(
+    failure: Exception, accumulate: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    zero, one = returned(ranks.run_on(2, 15, depend, str(tmp_path), failure, accumulate))
+    assert zero.unlike(one) == []
+    if isinstance(failure, CancelEpochException):
+        assert (zero.error, one.error) == (None, None)
+        return
+    assert one.error is not None
+    assert zero.error is not None
+    assert (one.error.kind, zero.error.kind) == ("ValueError", "RemoteError")
+    assert zero.error.text.startswith("rank 1: ValueError: only here")
 
 
 def save(kind: type[Saves], folder: str) -> str:

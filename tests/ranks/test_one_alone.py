@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import (
@@ -25,11 +27,13 @@ from flowtrain import (
     BatchBegin,
     BatchEnd,
     Callback,
+    CancelBatchException,
     EpochBegin,
     EpochEnd,
     Event,
     FitBegin,
     FitEnd,
+    Learner,
     LearnerView,
     LossBegin,
     Phase,
@@ -42,6 +46,7 @@ from flowtrain import (
 )
 from tests.ranks.alone import (
     BATCHES,
+    SGD,
     Alone,
     End,
     FailingLoader,
@@ -52,8 +57,9 @@ from tests.ranks.alone import (
     Unsized,
     by_hand,
     fit,
+    model,
 )
-from tests.ranks.by_hand import classes, differing
+from tests.ranks.by_hand import classes, differing, train, trained
 from tests.support.ranks import Outcome, Ranks, rank, returned
 
 TIME = 10.0
@@ -131,6 +137,53 @@ def test_after_it_all_ranks_still_end_alike(event: type[Event], action: str, ran
     else:
         assert (zero.error, one.error, zero.stopped, one.stopped) == (None, None, None, None)
         assert zero.counts[0] == one.counts[0] == 2
+
+
+@pytest.mark.parametrize("action", CANCELS)
+def test_after_the_update_of_the_last_batch_a_cancel_ends_no_more_than_in_one_process(
+    action: str, ranks: Ranks
+) -> None:
+    (zero, _), (one, _) = run(ranks, act, BatchEnd, TrainingPhase, action, BATCHES)
+    assert zero.unlike(one) == []
+    assert zero.events == one.events
+    assert (zero.error, one.error) == (None, None)
+    if action == "fit":
+        check_stopped(zero, one)
+    else:
+        assert (zero.stopped, one.stopped) == (None, None)
+        assert zero.counts[:2] == (2, 2 * BATCHES)
+
+
+class CancellingLoss:
+    """Cross entropy; cancels the batch in its n-th call on rank 1."""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        self.left -= rank()
+        if not self.left:
+            raise CancelBatchException("only here")
+        return cross_entropy(outputs, targets)
+
+
+def cancel_in_open_group(batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Cancel the last of some batches, of which two make an update, in a loader without a length."""
+    dist.init_process_group("gloo")
+    data, made = classes(batches), model()
+    with Learner(
+        made, CancellingLoss(batches), data=Unsized(data), optimizer=SGD, core=TorchCore(device="cpu", accumulate=2),
+        default_callbacks=False,
+    ) as learner:  # fmt: skip
+        learner.fit(1)
+    expected = model()
+    return trained(made, learner.optimizer), trained(expected, train(expected, SGD, [data[: batches // 2 * 2]], 2))
+
+
+def test_a_batch_that_is_cancelled_in_the_open_group_at_the_end_of_an_epoch_leaves_no_update(ranks: Ranks) -> None:
+    """The ranks learn of it at the end of the batches, as there is no message in a batch that only accumulates."""
+    for weights, expected in ranks.values(cancel_in_open_group, 3):
+        assert differing(weights, expected) == []
 
 
 @pytest.mark.parametrize("event", AROUND)

@@ -84,7 +84,6 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
     "COLUMNS": "100",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # otherwise a rank that is started again finds the addresses of before
 }
 
 

@@ -6,8 +6,9 @@ of a learner and restores it. `changes` handles the changes that training has ma
 `files` writes checkpoint files, complete or not at all; `reading` finds and reads them, and refuses damaged ones;
 `form` tells which contents are possible; `folder_lock` lets one process at a time train into a folder, whose owner
 `lock_file` names. `position` knows how far a fit is in its data, `rng` the states of the random number generators.
-`rank_checkpoints` takes the checkpoints of several ranks, `rank_parts` has what differs between them, and `shard_files`
-knows the files in which each rank has its part of a sharded model. `remote` has the folders of object stores.
+`parts` says what all processes that train do together for a checkpoint, and `rank_checkpoints` does it where they are
+several; `rank_parts` has the entries of a checkpoint that differ between ranks, and `shard_files` knows the files in
+which each rank has its part of a sharded model. `remote` has the folders of object stores.
 """
 
 __all__: list[str] = []

@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CheckpointError, raise_worst
+from flowtrain.errors import CheckpointError
 from flowtrain.graph.clock import spanning
 from flowtrain.graph.executor import Executor, Mailbox, Resumable, Site
 from flowtrain.logging.backend import Run
@@ -43,8 +44,8 @@ from flowtrain.training.checkpoint.contents import (
 )
 from flowtrain.training.checkpoint.files import Writer
 from flowtrain.training.checkpoint.form import check_form
+from flowtrain.training.checkpoint.parts import Parts
 from flowtrain.training.checkpoint.position import Position, Stream, check_data, open_pass, replay, warn_of_workers
-from flowtrain.training.checkpoint.rank_parts import check_size
 from flowtrain.training.checkpoint.reading import read, real_folder
 from flowtrain.training.checkpoint.remote import Place, place, real_path
 from flowtrain.training.checkpoint.rng import (
@@ -55,6 +56,7 @@ from flowtrain.training.checkpoint.rng import (
     start_workers,
 )
 from flowtrain.training.checkpoint.shard_files import put_together
+from flowtrain.training.failures import Failures
 from flowtrain.training.scopes import OPEN, Scopes
 from flowtrain.training.sinks import Sinks
 
@@ -71,6 +73,7 @@ class Checkpoints:
         scopes: The open scopes, and the numbers of epochs and batches.
         sinks: The logging backends, whose positions belong to a checkpoint.
         mailbox: The mailbox of the training thread, which gets the calls that wait for the end of a batch.
+        parts: Puts the contents together from all processes that train.
 
     Attributes:
         changes: The changes that training has made to modules and optimizers, beside their ``state_dict``.
@@ -90,6 +93,7 @@ class Checkpoints:
         scopes: Scopes,
         sinks: Sinks,
         mailbox: Mailbox,
+        parts: Parts,
     ) -> None:
         self.changes = Changes(state, core)
         self.position = Position()
@@ -100,7 +104,7 @@ class Checkpoints:
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
         self._executor = executor
         self._resumable = executor if isinstance(executor, Resumable) else None
-        self._mailbox = mailbox
+        self._mailbox, self._parts = mailbox, parts
         self._buffers = Buffers()
         self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
         self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
@@ -115,7 +119,9 @@ class Checkpoints:
         Raises:
             CheckpointError: The state holds an object that a checkpoint cannot, or the previous checkpoint could not
                 be written.
+            RankError: See `Parts.check_request`.
         """
+        self._parts.check_request()
         self._on_interrupt += [request for request in requests if request.on_interrupt]
         self._wanted += [request.path for request in requests if request.loads]
         now = [request for request in requests if not request.on_interrupt and not request.loads]
@@ -133,6 +139,7 @@ class Checkpoints:
 
     def drop_requests(self) -> None:
         """Forget the requests: after an error within a batch the state belongs to no batch boundary."""
+        self._parts.drop(self._waiting)
         self._on_interrupt.clear()
         self._waiting.clear()
 
@@ -143,29 +150,25 @@ class Checkpoints:
 
     def _begin(self, requests: Sequence[CheckpointRequest]) -> None:
         """Copy the state for each request, after waiting for the previous write, and begin to write the copies."""
-        finite = self._is_finite()
+        finite = self._parts.begin(self._is_finite())
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
-        failures: list[BaseException] = []
+        failures = Failures()
         for request in [request.decided(finite) for request in requests]:
             try:
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
-                gathered = self._gather(request.judged) if self._again is None else put_together(self._again)
+                own = partial(self._gather, request.judged)
+                gathered = self._parts.gather(own) if self._again is None else put_together(self._again)
                 run = {**gathered["run"], "folder": real_path(place(request.path).parent)}
-                self._write({**gathered, "finite": finite, "run": run}, request)
+                self._parts.write(self.writer, {**gathered, "finite": finite, "run": run}, request)
             except CheckpointError as failure:  # raised below, after the other checkpoints are taken
-                failures.append(failure)
-        if failures:
-            raise_worst(failures)
+                failures.add(failure)
+        failures.raise_worst()
 
     def _is_finite(self) -> bool:
         """Tell whether the parameters and the last loss are finite."""
         loss = vars(self._state.batch).get("loss")
         return self._core.finite() and (not isinstance(loss, torch.Tensor) or bool(loss.isfinite().all()))
-
-    def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
-        """Begin to write a checkpoint."""
-        self.writer.submit(contents, request)
 
     def interrupted(self) -> None:
         """Take the checkpoints that were requested for the case of an interrupt, and wait until they are written.
@@ -244,6 +247,7 @@ class Checkpoints:
             if not self.showing_judged:  # no callback of this learner has the judged parameters, so load them here
                 load_models(contents["model"], self._core)
         self._scopes.restore_numbers(*numbers)
+        self._parts.note_load(path)
 
     def load_wanted(self) -> None:
         """Load the weights that were requested for the end of the fit, which has ended and written its checkpoints.
@@ -303,7 +307,7 @@ class Checkpoints:
         contents = self._read(path)
         position = contents["position"]
         check_fits(contents, self._state, self._core, self.changes)
-        if not self._same_size(contents):
+        if not self._parts.same_size(contents):
             contents.pop("ranks", None)
         if position["unit"] != unit:
             where = f"a fit by {position['unit']}" if position["unit"] else "no fit, so no fit can resume from it"
@@ -334,14 +338,6 @@ class Checkpoints:
         contents = {**contents, "run": {**run, "positions": positions}}
         self.resumed = self._again = finish(contents, self._core, self._executor, site, self._sinks)
 
-    def _same_size(self, contents: Mapping[str, Any]) -> bool:
-        """Tell whether as many processes have written a checkpoint as resume from it; warn if not.
-
-        Raises:
-            CheckpointError: It was taken within an epoch by several processes.
-        """
-        return check_size(contents, 1, stacklevel=7)
-
     def _load_lanes(self, lanes: Any) -> None:
         if self._resumable is not None and lanes is not None:
             self._resumable.load_state_dict(lanes)
@@ -366,7 +362,8 @@ class Checkpoints:
         contents = read(path, pieces=True)
         check_form(contents)
         here = real_folder(path)
-        return {**contents, "run": {"folder": here, **contents["run"], "here": here}}  # early checkpoints lack "folder"
+        run = {"folder": here, **contents["run"], "here": here}  # early checkpoints lack "folder"
+        return self._parts.own({**contents, "run": run})
 
     def _numbers(self, contents: Mapping[str, Any]) -> tuple[dict[Phase, int], dict[Phase, int]]:
         """Return the numbers of epochs and of passes, less the ones that a resumed fit begins and counts again.
@@ -436,3 +433,4 @@ class Checkpoints:
                 set_loader_state(loader, state, own=between)
         set_random_state(contents["random"])
         self._state.draws.load_state_dict(contents["random"].get("own"))
+        self._parts.seed_anew()

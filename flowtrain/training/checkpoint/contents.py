@@ -141,7 +141,7 @@ def _callback(callback: Callback, packer: Packer) -> dict[str, Any]:
 def _group(core: TorchCore, packer: Packer) -> dict[str, Any] | None:
     if not core.groups.open:
         return None
-    unsent = None if core.parallel is None else core.parallel.unsent
+    unsent = core.replica.unsent
     own = {} if unsent is None else unsent.by_parameter()
     gradients = [own.get(param, param.grad) for module in core.modules for param in module.parameters()]
     contents = {"state": core.groups.state_dict(), "gradients": gradients}
@@ -351,7 +351,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
     if contents["group"] is not None:
         core.groups.load_state_dict(contents["group"]["state"])
         params = (param for module in core.modules for param in module.parameters())
-        unsent = None if core.parallel is None else core.parallel.unsent
+        unsent = core.replica.unsent
         for param, gradient in zip(params, contents["group"]["gradients"], strict=True):
             if unsent is None or not unsent.put(param, gradient):
                 param.grad = None if gradient is None else gradient.to(param.device, copy=True)

@@ -15,7 +15,7 @@ import random
 import secrets
 import shutil
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,22 +24,19 @@ from typing import Any, NamedTuple
 import torch
 
 from flowtrain.callback.view import CheckpointRequest
-from flowtrain.core.torch_core import TorchCore
+from flowtrain.core.replica import Replica
 from flowtrain.core.world import World
 from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import CheckpointError, RemoteError
-from flowtrain.graph.executor import Executor, Mailbox
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.checkpoints import Checkpoints
-from flowtrain.training.checkpoint.files import save, write_whole
+from flowtrain.training.checkpoint.files import Writer, save, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
 from flowtrain.training.checkpoint.reading import IN_PIECES, find_file
 from flowtrain.training.checkpoint.remote import Remote, place
 from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
-from flowtrain.training.scopes import Scopes
-from flowtrain.training.sinks import Sinks
+from flowtrain.training.failures import Failures
 
-__all__ = ["RankCheckpoints"]
+__all__ = ["RankParts"]
 
 
 class _Begins(NamedTuple):
@@ -54,40 +51,29 @@ class _Begins(NamedTuple):
     reason: str
 
 
-class RankCheckpoints(Checkpoints):
-    """Takes and restores checkpoints on one of several ranks. The arguments are those of `Checkpoints`.
+class RankParts:
+    """The parts of the checkpoints of one learner on one of several ranks: a `Parts`.
 
     Args:
         world: The ranks.
+        replica: The models of this rank.
+        state: The state of the learner.
+        check_request: See `Parts.check_request`.
     """
 
-    def __init__(
-        self,
-        state: LearnerState,
-        core: TorchCore,
-        executor: Executor,
-        scopes: Scopes,
-        sinks: Sinks,
-        mailbox: Mailbox,
-        world: World,
-    ) -> None:
-        super().__init__(state, core, executor, scopes, sinks, mailbox)
-        self._world = world
+    def __init__(self, world: World, replica: Replica, state: LearnerState, check_request: Callable[[], None]) -> None:
+        self.check_request = check_request
+        self._world, self._replica, self._state = world, replica, state
         self._writers: World | None = None  # the ranks, for the exchanges of the threads that write shards
         self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
-        self._loads: list[str] = []  # the files that `load` has read since the last epoch began
+        self._loads: list[str] = []  # the files that were loaded since the last epoch began
         self._missed = False  # whether an error has dropped requests here that the other ranks carry out
 
     # --- take
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
-        """Note that an error has dropped these requests on this rank."""
+        """See `Parts.drop`."""
         self._missed = self._missed or any(not request.on_interrupt and not request.loads for request in requests)
-
-    def drop_requests(self) -> None:
-        """See `Checkpoints.drop_requests`."""
-        self.drop(self._waiting)
-        super().drop_requests()
 
     def miss(self, failure: BaseException | None) -> None:
         """Tell the other ranks, which begin a checkpoint now, that this one has dropped the request, if it has.
@@ -99,13 +85,9 @@ class RankCheckpoints(Checkpoints):
             self._world.exchange(_Begins(False, f"{type(failure).__name__}: {failure}"))
         self._missed = False
 
-    def _is_finite(self) -> bool:
-        """See `Checkpoints._is_finite`. This is where the ranks meet as they begin a checkpoint.
-
-        Raises:
-            RemoteError: A rank has failed at the event that requested the checkpoint.
-        """
-        found = self._world.exchange(_Begins(super()._is_finite(), ""))
+    def begin(self, finite: bool) -> bool:
+        """See `Parts.begin`. The buffers of all ranks are those of the main rank from here on."""
+        found = self._world.exchange(_Begins(finite, ""))
         failed = {
             rank: getattr(each, "reason", "") or "it has requested none"
             for rank, each in enumerate(found)
@@ -113,16 +95,15 @@ class RankCheckpoints(Checkpoints):
         }
         if failed:
             raise RemoteError("; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items()), tuple(failed))
-        if self._core.parallel is not None:
-            self._core.parallel.share_buffers()
+        self._replica.share_buffers()
         return all(each.finite for each in found)
 
-    def _gather(self, judged: bool) -> dict[str, Any]:
-        """Return the contents on the main rank; on any other rank what it would write alone."""
+    def gather(self, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """See `Parts.gather`. Ranks other than the main one get what they would write alone."""
         failure: CheckpointError | None = None
         contents: dict[str, Any] = {}
         try:
-            contents = super()._gather(judged)
+            contents = own()
         except CheckpointError as raised:
             failure = raised
         known = digests(contents) if self._world.main and failure is None else {}
@@ -138,11 +119,12 @@ class RankCheckpoints(Checkpoints):
             self._writers = self._writers or self._world.beside()
         return {**contents, "ranks": parts[1:], "token": token}
 
-    def _write(self, contents: dict[str, Any], request: CheckpointRequest) -> None:
+    def write(self, writer: Writer, contents: dict[str, Any], request: CheckpointRequest) -> None:
+        """See `Parts.write`. The main rank writes the file, and every rank its pieces of a sharded model."""
         token, pieces = contents.pop("token", ""), contents.pop("shards", None)
         if pieces is None:
             if self._world.main:
-                super()._write(contents, request)
+                writer.submit(contents, request)
             return
         if isinstance(place(request.path), Remote):  # on all ranks alike, so none waits for another one
             raise CheckpointError(
@@ -151,10 +133,10 @@ class RankCheckpoints(Checkpoints):
             )
         folder = shard_folder(Path(request.path), token)
         named = {**contents, "version": IN_PIECES, "shards": folder.name, "shard count": self._world.size}
-        self.writer.submit(named if self._world.main else None, request, self._with_shards(folder, pieces))
+        writer.submit(named if self._world.main else None, request, self._with_shards(writer, folder, pieces))
 
     @contextmanager
-    def _with_shards(self, folder: Path, pieces: list[Any]) -> Generator[None]:
+    def _with_shards(self, writer: Writer, folder: Path, pieces: list[Any]) -> Generator[None]:
         """Write the pieces of this rank, and give a context in which the main rank writes the file of the checkpoint.
 
         Runs on the thread of the writer. The ranks meet twice: before the file is written, and when it is.
@@ -168,7 +150,7 @@ class RankCheckpoints(Checkpoints):
             with self._agreed():
                 folder.mkdir(parents=True, exist_ok=True)
                 path = folder / shard_name(self._world.rank)
-                write_whole(path, partial(save, pieces), self.writer.reached, "shards")
+                write_whole(path, partial(save, pieces), writer.reached, "shards")
         except BaseException:
             if self._world.main:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -179,23 +161,19 @@ class RankCheckpoints(Checkpoints):
     @contextmanager
     def _agreed(self) -> Generator[None]:
         """Give a context that fails on all ranks if it fails on one, with the errors of `_with_shards`."""
-        failure: BaseException | None = None
-        try:
+        failures = Failures()
+        with failures:
             yield
-        except BaseException as raised:
-            failure = raised
         assert self._writers is not None
-        reasons = self._writers.exchange("" if failure is None else f"{type(failure).__name__}: {failure}")
-        if failure is not None:
-            raise failure
+        reasons = self._writers.exchange("; ".join(f"{type(failure).__name__}: {failure}" for failure in failures))
+        failures.raise_worst()
         if any(reasons):
             raise CheckpointError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
 
     # --- restore
 
-    def load(self, path: Any) -> None:
-        """See `Checkpoints.load`. All ranks must call it, which `loaded` lets them notice."""
-        super().load(path)
+    def note_load(self, path: Any) -> None:
+        """See `Parts.note_load`. All ranks must load it, which `loaded` lets them notice."""
         try:
             self._loads.append(find_file(path).name)
         except CheckpointError:  # its pointer is damaged, and the checkpoint before was loaded
@@ -210,16 +188,18 @@ class RankCheckpoints(Checkpoints):
         content = "" if shards else fingerprint(("", dict(self._state.params)))
         return {"load": " and ".join(names), "content": content}
 
-    def _read(self, path: Any) -> dict[str, Any]:
-        return part_of(super()._read(path), self._world.rank, self._world.size)
+    def own(self, contents: dict[str, Any]) -> dict[str, Any]:
+        """See `Parts.own`."""
+        return part_of(contents, self._world.rank, self._world.size)
 
-    def _same_size(self, contents: Mapping[str, Any]) -> bool:
-        same = check_size(contents, self._world.size, stacklevel=8 if self._world.main else None)
+    def same_size(self, contents: Mapping[str, Any]) -> bool:
+        """See `Parts.same_size`."""
+        same = check_size(contents, self._world.size, stacklevel=7 if self._world.main else None)
         self._reseed = not same
         return same
 
-    def _set_random(self, contents: Mapping[str, Any]) -> None:
-        super()._set_random(contents)
+    def seed_anew(self) -> None:
+        """See `Parts.seed_anew`."""
         if self._reseed and self._world.rank:
             seed = int(torch.randint(2**62, ()).item()) + self._world.rank  # drawn from the generator of the main rank
             torch.manual_seed(seed)

@@ -1,0 +1,247 @@
+"""The loop on one of several ranks: the sync points between the parts of a fit.
+
+`flowtrain.training.ranks.sync_points` says which sync points there are and what ranks tell each other there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+
+from flowtrain.callback.phases import AbstractValidationPhase, Phase
+from flowtrain.core.torch_core import TorchCore
+from flowtrain.core.world import World
+from flowtrain.data.rank_batches import fingerprint
+from flowtrain.errors import (
+    CancelBatchException,
+    CancelEpochException,
+    CheckpointError,
+    DivergedError,
+    RankError,
+)
+from flowtrain.graph.plan_texts import first_difference
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.encoding import Packer
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.training.checkpoint.rank_checkpoints import RankParts
+from flowtrain.training.checkpoint.reading import own_version
+from flowtrain.training.dispatch import Dispatch
+from flowtrain.training.failures import Failures
+from flowtrain.training.ranks.batch_sync import BatchSync
+from flowtrain.training.ranks.batches import RankBatches
+from flowtrain.training.ranks.sync_points import (
+    EPOCH_BEGIN,
+    EPOCH_END,
+    EPOCHS_BROKEN_OFF,
+    FIT_END,
+    LAST_BATCH,
+    RESUME,
+    SyncPoints,
+)
+from flowtrain.training.scopes import Scopes
+
+__all__ = ["Ranks"]
+
+
+class Ranks:
+    """The other ranks, as the loop on one of them sees them: a `flowtrain.training.together.Together`.
+
+    Args:
+        world: The ranks.
+        state: The state of the learner.
+        core: The core of the learner.
+        scopes: The open scopes.
+        dispatch: Fires events.
+
+    Attributes:
+        sync: Synchronises the batches.
+        parts: The parts of the checkpoints.
+    """
+
+    def __init__(self, world: World, state: LearnerState, core: TorchCore, scopes: Scopes, dispatch: Dispatch) -> None:
+        replica = core.replica
+        self._points = SyncPoints(world, replica)
+        self.sync = BatchSync(self._points, replica, state, core, scopes, dispatch)
+        self.parts = RankParts(world, replica, state, self.sync.check_request)
+        self._batches = RankBatches(self._points, self.sync, self.parts, core)
+        self._world, self._replica, self._state, self._core = world, replica, state, core
+        self._save: Callable[[], None] = lambda: None  # takes the checkpoints for an interrupt
+
+    def begin(self, step: Phase | None = None) -> None:
+        """See `Together.begin`."""
+        self._points.reset()
+        if step is not None and self.sync.wraps(step):
+            self._replica.prepare()
+
+    def begin_fit(self, save: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
+        """See `Together.begin_fit`."""
+        self._points.reset()
+        self._batches.begin_fit()
+        self._save = save
+        return self._points.hold
+
+    def divide(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
+        """See `Together.divide`."""
+        return self._batches.divide(data)
+
+    def agree(self, value: Any) -> Any:
+        """See `Together.agree`."""
+        return self._world.exchange(value)[0]
+
+    def plan(self, updates: Callable[[], int | None]) -> int | None:
+        """See `Together.plan`.
+
+        Raises:
+            RankError: The ranks have different versions, or different callbacks.
+        """
+        found = self._points.share(
+            "the plan of the fit", lambda: (updates(), self._state.callbacks.describe(), _versions())
+        )
+        for number, (_, _, versions) in enumerate(found):
+            if versions != found[0][2]:
+                raise RankError(
+                    f"Rank {number} has {versions}, and the main rank has {found[0][2]}. Install the same versions "
+                    f"everywhere: others may compute, order and save in another way."
+                )
+        difference = first_difference([plans for _, plans, _ in found]) if found else ""
+        if difference:
+            raise RankError(
+                f"The ranks have different callbacks: {difference}. Give the learner the same callbacks, in the same "
+                f'order, on every rank; with ranks = "main" one of them runs on the main rank only.'
+            )
+        counts = [count for count, _, _ in found if count is not None]
+        return min(counts) if counts and len(counts) == len(found) else None
+
+    def point(self, name: str, failures: Failures) -> None:
+        """See `Together.point`."""
+        points = self._points
+        if failures.first is not None and not points.fit_ends:
+            failures.attempt(self.parts.miss, failures.first)
+        value: dict[str, str] = {}
+        if name == EPOCH_END and not failures:
+            value = self._fingerprints()
+        elif name in (EPOCH_BEGIN, RESUME):  # a checkpoint that is resumed replaces all that were loaded before
+            loaded = self.parts.loaded()
+            value = loaded if name == EPOCH_BEGIN else {}
+        found = points.meet(name, failures, value)
+        differing = {path for each in found for path in each if each[path] != found[0].get(path)}
+        differing |= {path for each in found for path in found[0] if path not in each}
+        if differing:
+            failures.add((_diverged if name == EPOCH_END else _loaded)(sorted(differing), found))
+        if name == LAST_BATCH and failures and failures.only(CancelBatchException, CancelEpochException):
+            # A cancel from behind the sync point of the last batch ends nothing but the group that is still open.
+            failures.drop()
+            if self._core.groups.open:
+                self._core.discard()
+        if name == FIT_END:
+            known = points.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
+            if points.interrupted and not points.signalled and not known:
+                failures.add(KeyboardInterrupt("training was interrupted on another rank, after its last epoch"))
+        elif points.interrupted and not points.fit_ends:
+            failures.add(points.interrupt(self._save))
+        if name == EPOCHS_BROKEN_OFF and not points.failed:  # a cancel or an interrupt has left an epoch open
+            failures.attempt(self._replica.share_buffers)
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Return a fingerprint by path of all that must be the same on all ranks: entries of ``cbstate``, on request
+        parameters and buffers too, after an epoch of training.
+        """
+        # A value is compared together with its name, since values without a text, such as an empty tensor, have no
+        # fingerprint of their own.
+        callbacks: Callbacks = self._state.callbacks
+        found: dict[str, str] = {}
+        if self._core.settings.check_params and torch.is_grad_enabled():
+            for root, model in self._core.models.items():
+                for name, tensor in (*model.named_parameters(root), *model.named_buffers(root)):
+                    found[f"model.{name}"] = fingerprint((name, tensor))
+        for name in self._state.cbstate if callbacks.shared is not None else ():
+            if callbacks.shared is not None and not callbacks.shared.why_local(("cbstate", name)):
+                with suppress(CheckpointError):  # an object that no checkpoint can hold cannot be compared either
+                    packed = Packer().pack(getattr(self._state.cbstate, name), f"cbstate.{name}")
+                    found[f"cbstate.{name}"] = fingerprint((name, packed))
+        return found
+
+    def merge(self, phase: Phase, failures: Failures) -> None:
+        """See `Together.merge`."""
+        states: dict[str, Any] = {}
+        if not failures:
+            with failures:
+                states = {callback.name: callback.rank_state() for callback in self._state.callbacks}
+        found = self._points.meet("the merging of what ranks measured", failures, states)
+        if not found:
+            return
+        with failures:
+            if not isinstance(phase, AbstractValidationPhase):
+                self._replica.share_buffers()
+            for callback in self._state.callbacks:
+                callback.merge_ranks([each.get(callback.name) for each in found])
+
+    # --- batches
+
+    def batches(
+        self, phase: Phase, source: Iterable[Any], done: int, total: int | None, *, announced: bool
+    ) -> AbstractContextManager[Iterable[Any]]:
+        """See `Together.batches`."""
+        self.sync.check_step(phase)
+        if not isinstance(phase, AbstractValidationPhase):
+            total = total if announced else None
+            return nullcontext(self._until_interrupt(self._batches.training(phase, source, done, total)))
+        left = None if total is None or self._replica.together else total - done
+        return self._batches.evaluation(phase, self._core.feed(source, left))
+
+    def _until_interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield the batches of an epoch of training until all ranks know of a signal to one of them."""
+        for raw in batches:
+            yield raw
+            del raw
+            if self._points.interrupted:
+                raise self._points.interrupt(self._save)
+
+    def after_sync(self, phase: Phase) -> AbstractContextManager[None]:
+        """See `Together.after_sync`."""
+        return nullcontext() if isinstance(phase, AbstractValidationPhase) else self._batches.after_sync(phase)
+
+    @contextmanager
+    def predicting(self, phase: Phase, inputs: Iterable[Any]) -> Generator[Iterable[Any]]:
+        """See `Together.predicting`. All ranks predict if the model is sharded, each with inputs of its own."""
+        if not self._replica.together:
+            yield inputs
+            return
+        self._points.reset()
+        with self._batches.evaluation(phase, inputs) as given:
+            yield given
+
+
+def _versions() -> str:
+    """Return the versions that must be the same on all ranks."""
+    return f"flowtrain {own_version()} and torch {torch.__version__}"
+
+
+def _loaded(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> RankError:
+    """Return the error for ranks that have not loaded the same checkpoints; the arguments are those of `_diverged`."""
+    shown = "; ".join(f"rank {rank}: {each.get('load', 'nothing')}" for rank, each in enumerate(found))
+    return RankError(
+        f"The ranks have not loaded the same checkpoints since their last epoch, so their models differ: {shown}. All "
+        f"ranks must call learner.load with the same file: do not put the call under `if rank == 0`."
+    )
+
+
+def _diverged(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> DivergedError:
+    """Return the error for shared state that is not the same on all ranks.
+
+    Args:
+        paths: The paths that differ.
+        found: For each rank a fingerprint by path.
+    """
+    ranks = [rank for rank, each in enumerate(found) if any(each.get(path) != found[0].get(path) for path in paths)]
+    return DivergedError(
+        tuple(paths),
+        f"{', '.join(paths)} must be the same on all ranks, and differs on rank {', '.join(map(str, ranks))} from the "
+        f"main rank. A callback that writes it uses what only its own rank has: the clock, random numbers, the rank, "
+        f"an attribute that it fills from batches. Declare what it reads, with Read(reduce='mean') for a value of all "
+        f"ranks, or let the main rank write it: Write(broadcast=True).",
+    )

@@ -1,0 +1,138 @@
+"""The processes that train together, as the loop sees them: one that trains alone, or one of several ranks.
+
+`flowtrain.training.loop.Loop` calls a `Together` at each place where ranks must act alike. `Alone` is that of one
+process, `flowtrain.training.ranks.ranks.Ranks` that of several.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+from flowtrain.callback.phases import Phase
+from flowtrain.core.torch_core import TorchCore
+from flowtrain.state.by_phase import PhaseMap
+from flowtrain.training.checkpoint.parts import Parts, WholeParts
+from flowtrain.training.failures import Failures
+from flowtrain.training.ranks.batch_sync import BatchSync
+
+__all__ = ["Alone", "Together"]
+
+
+class Together(Protocol):
+    """The processes that train one model."""
+
+    @property
+    def sync(self) -> BatchSync | None:
+        """Synchronises the batches; ``None`` for one process."""
+        ...
+
+    @property
+    def parts(self) -> Parts:
+        """The parts of the checkpoints."""
+        ...
+
+    def begin(self, step: Phase | None = None) -> None:
+        """Begin a call of the user outside of a fit; `step` is the phase of a single step."""
+
+    def begin_fit(self, save: Callable[[], None]) -> Callable[[Callable[[], None]], None] | None:
+        """Begin a fit.
+
+        Args:
+            save: Takes the checkpoints that were requested for an interrupt.
+
+        Returns:
+            What is done, in the handler of a signal, with the function that ends the fit; ``None`` if it is called at
+            the end of the batch.
+        """
+        ...
+
+    def divide(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
+        """Return the loaders that this process uses: those of the user, or the shares of this rank."""
+        ...
+
+    def agree(self, value: Any) -> Any:
+        """Return the value of the main rank. Every rank calls this at the same point."""
+        ...
+
+    def plan(self, updates: Callable[[], int | None]) -> int | None:
+        """Return the number of updates of a fit, the same on all ranks, which are about to begin it.
+
+        Args:
+            updates: Returns the number of this rank, ``None`` if it is not known.
+        """
+        ...
+
+    def point(self, name: str, failures: Failures) -> None:
+        """Wait for the other ranks at a sync point, tell them the failures of this rank, and add theirs to these."""
+
+    def merge(self, phase: Phase, failures: Failures) -> None:
+        """Merge the measurements of all ranks in an epoch, before `EpochEnd` shows them; `failures` as for `point`."""
+
+    def batches(
+        self, phase: Phase, source: Iterable[Any], done: int, total: int | None, *, announced: bool
+    ) -> AbstractContextManager[Iterable[Any]]:
+        """Return a context with the batches that are left in an epoch, on the device where that is done ahead of time.
+
+        Args:
+            phase: The phase.
+            source: The batches, as the loader gives them.
+            done: How many batches of the epoch were run before.
+            total: The most batches that the whole epoch has; ``None`` if that is not known.
+            announced: Whether the loader gives that many, unless `total` limits it.
+        """
+        ...
+
+    def after_sync(self, phase: Phase) -> AbstractContextManager[None]:
+        """Return a context for the end of a batch, behind the point at which ranks agree how the batch ends."""
+        ...
+
+    def predicting(self, phase: Phase, inputs: Iterable[Any]) -> AbstractContextManager[Iterable[Any]]:
+        """Return a context that gives these inputs, in which the model runs on each of them."""
+        ...
+
+
+class Alone:
+    """Training in one process: no data are divided, and no other process is told or awaited; a `Together`.
+
+    Args:
+        core: The core of the learner.
+    """
+
+    sync = None
+
+    def __init__(self, core: TorchCore) -> None:
+        self.parts = WholeParts()
+        self._core = core
+
+    def begin(self, step: Phase | None = None) -> None: ...
+    def begin_fit(self, save: Callable[[], None]) -> None: ...
+    def point(self, name: str, failures: Failures) -> None: ...
+    def merge(self, phase: Phase, failures: Failures) -> None: ...
+
+    def divide(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
+        """See `Together.divide`."""
+        return data
+
+    def agree(self, value: Any) -> Any:
+        """See `Together.agree`."""
+        return value
+
+    def plan(self, updates: Callable[[], int | None]) -> int | None:
+        """See `Together.plan`."""
+        return updates()
+
+    def batches(
+        self, phase: Phase, source: Iterable[Any], done: int, total: int | None, *, announced: bool
+    ) -> AbstractContextManager[Iterable[Any]]:
+        """See `Together.batches`."""
+        return nullcontext(self._core.feed(source, None if total is None else total - done))
+
+    def after_sync(self, phase: Phase) -> AbstractContextManager[None]:
+        """See `Together.after_sync`."""
+        return nullcontext()
+
+    def predicting(self, phase: Phase, inputs: Iterable[Any]) -> AbstractContextManager[Iterable[Any]]:
+        """See `Together.predicting`."""
+        return nullcontext(inputs)
