@@ -29,8 +29,8 @@ message are also fields of the exception.
     ├── SanityCheckError           all problems that a check of data, model, loss and optimizer has found
     └── UsageError                 a call at the wrong moment, or an argument with a wrong value
 
-`CancelException` and its subclasses are no errors: a handler raises one to end a batch, an epoch or a fit, and the loop
-continues behind that part of training. When several handlers of one event fail, one exception is raised and carries the
+`CancelException` and its subclasses are no errors: a handler raises one to end a batch, an epoch or a fit, and training
+continues after that part. When several handlers of one event fail, one exception is raised and carries the
 others (`merge`): an error goes before a cancel, a wider cancel before a narrower one, an earlier handler before a later
 one.
 """
@@ -82,7 +82,6 @@ __all__ = [
     "raise_worst",
     "switch",
     "whole_number",
-    "without_frames",
 ]
 
 
@@ -330,13 +329,13 @@ def _restore(kind: type[FlowtrainError], args: tuple[object, ...], fields: dict[
     return error
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: object, known: Iterable[object]) -> str:
     """Return ``" Did you mean 'x'?"`` with the known name closest to `name`, or an empty text if none is close.
 
     >>> nearest("outptus", ["inputs", "outputs"])
     " Did you mean 'outputs'?"
     """
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name), map(str, known), n=1, cutoff=0.5)  # a key may be a number
     return f" Did you mean {matches[0]!r}?" if matches else ""
 
 
@@ -363,7 +362,7 @@ class CancelEpochException(CancelException):
 
 
 class CancelFittingException(CancelException):
-    """End training now. `fit` returns normally and `Learner.stopped` holds the exception."""
+    """End training now. `fit` returns normally and `Learner.stopped` holds the exception; `epoch` raises it."""
 
     scope = "fit"
 
@@ -377,18 +376,6 @@ def _rank(failure: BaseException) -> int:
         if isinstance(failure, kind):
             return rank
     return 0 if isinstance(failure, Exception) else -1  # an interrupt goes before every error
-
-
-def without_frames(failure: BaseException) -> BaseException:
-    """Return a copy of an exception without its traceback, whose frames may hold a batch or a model.
-
-    The copy has the same type, arguments and notes. The exception itself is not changed, since code that caught it may
-    still print its traceback.
-    """
-    bare = type(failure).__new__(type(failure), *failure.args)
-    others = tuple(without_frames(other) for other in getattr(failure, "others", ()))
-    vars(bare).update(vars(failure), **({"others": others} if others else {}))
-    return bare
 
 
 def merge(failures: Sequence[BaseException]) -> BaseException:

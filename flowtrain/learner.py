@@ -1,8 +1,7 @@
 """The learner: one object that holds the state of training and delegates the work to its parts.
 
 `LearnerState` holds the state, and `Callbacks` the callbacks, which `CallbackChanges` replaces as a whole. `TorchCore`
-computes, and `Loop` runs fits, epochs and batches. The learner itself only checks the arguments of the user and joins
-these parts.
+computes, and `Loop` runs fits, epochs and batches. The learner checks the arguments of the user and joins these parts.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from operator import attrgetter
 from os import PathLike
-from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self
+from typing import TYPE_CHECKING, Any, Literal, Never, NoReturn, Self, cast
 
 import torch
 
@@ -28,21 +27,18 @@ from flowtrain.diagnostics.report.page import write_learner
 from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.diagnostics.sync_audit import SyncReport, audit
-from flowtrain.errors import UsageError, without_frames
+from flowtrain.errors import UsageError, switch
 from flowtrain.graph.executor import Executor, find_executor
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training import arguments
 from flowtrain.training.callback_changes import CallbackChanges
-from flowtrain.training.calls import Calls
+from flowtrain.training.calls import Calls, without_frames
 from flowtrain.training.fit_data import loaders_by_phase
 from flowtrain.training.loop import Loop
 
 __all__ = ["Learner"]
-
-_QUIET: tuple[type[Callback], ...] = (Recorder, Metrics, StopOnNaNLoss)
-_PRINTING: tuple[type[Callback], ...] = (ProgressBar, MetricsPrinter)
 
 
 class Learner:
@@ -91,21 +87,20 @@ class Learner:
         self.state.model = arguments.check_model(model)
         self.state.lossfn = arguments.check_lossfn(lossfn)
         self.state.data = loaders_by_phase(data)
-        self.strict = strict
-        chosen = arguments.with_defaults(arguments.as_list(callbacks), default_callbacks, _QUIET, _PRINTING)
+        self._watch = watch(self.state) if switch("Learner", "strict", strict) else None
+        quiet, printing = (Recorder, Metrics, StopOnNaNLoss), (ProgressBar, MetricsPrinter)
+        chosen = arguments.with_defaults(arguments.as_list(callbacks), default_callbacks, quiet, printing)
         self.core = arguments.check_core(core)
-        self.core.attach(self.state, optimizer)
         try:
+            self.core.attach(self.state, optimizer)
             self.loop = Loop(self.state, self.core, find_executor(executor))
             self._changes = CallbackChanges(self.loop, repr(self))
             self._calls = Calls(self.loop, self._changes)
             self._calls.check_phases(self.state.data)
             self._use(chosen)
         except BaseException:
-            self.core.release()  # so that the user can pass the same core again
+            self.core.release(self.state)  # so that the user can pass the same core again
             raise
-
-    # --- training
 
     def fit(
         self,
@@ -208,9 +203,8 @@ class Learner:
         recorded, and the modes, the random numbers of the process and the generators of the loader stay as they were.
         Only worker processes that run already (``persistent_workers=True``) keep the numbers that they have drawn.
 
-        An item of the loader may be a pair ``(inputs, targets)``, whose targets are ignored, or inputs alone: a
-        tensor, a mapping or any other object is the inputs, and a list or tuple of one part has the inputs in it. If
-        the phase defines `split`, that says what the inputs are.
+        An item of the loader may be a pair ``(inputs, targets)``, whose targets are ignored, or inputs alone, also in a
+        list or tuple of one part. If the phase defines `split`, that says what the inputs are.
 
         Args:
             loader: The loader, or a list of batches.
@@ -300,6 +294,7 @@ class Learner:
     lossfn = property(attrgetter("state.lossfn"), doc="The loss function.")
     optimizer = property(attrgetter("state.optimizer"), doc="The optimizer, or all optimizers by name.")
     data = property(attrgetter("state.data"), doc="The loaders by phase: ``learner.data[TrainingPhase]``.")
+    strict = property(lambda self: self._watch is not None, doc="Whether every handler is checked around its call.")
     rank = property(attrgetter("state.rank"), doc="The number of this process among those that train together.")
     world_size = property(attrgetter("state.world_size"), doc="The number of processes that train together.")
 
@@ -321,8 +316,7 @@ class Learner:
     @property
     def callbacks(self) -> Callbacks:
         """The callbacks, a sequence with ``graph``, ``plan`` and ``explain``."""
-        callbacks: Callbacks = self.state.callbacks
-        return callbacks
+        return cast(Callbacks, self.state.callbacks)
 
     @property
     def executor(self) -> Executor:
@@ -384,11 +378,11 @@ class Learner:
     def replace_optimizer(self, optimizer: Any) -> Any:
         """Train with another optimizer from now on; return the one before. A `CoreError` changes nothing."""
         self._calls.ready("replace_optimizer()")
-        return self._changes.replace_optimizer(optimizer, watch(self.state) if self.strict else None)
+        return self._changes.replace_optimizer(optimizer, self._watch)
 
     def _use(self, callbacks: list[Callback]) -> None:
         self._calls.ready("Changing the callbacks")
-        self._changes.use(callbacks, watch(self.state) if self.strict else None)
+        self._changes.use(callbacks, self._watch)
 
     def suggest_access(self, callback: Callback) -> Recording:
         """Find the smallest declaration for each handler of a callback, print them ready to paste, and return them.
@@ -431,7 +425,12 @@ class Learner:
         print(report)
         return report
 
+    def __scratch__(self, model: Any, lossfn: Any, **parts: Any) -> Learner:
+        """Return a learner of copies for a trial run; a subclass may have a constructor with other arguments."""
+        return Learner(model, lossfn, callbacks=(), default_callbacks=False, **parts)
+
     if not TYPE_CHECKING:  # a type checker would think that every attribute exists
+        __setattr__ = arguments.set_attribute  # which refuses an assignment that would have no effect
 
         def __getattr__(self, name: str) -> Any:
             if name.startswith("_") or hasattr(type(self), name):

@@ -374,3 +374,51 @@ def test_what_a_learner_is() -> None:
 def test_a_learner_is_not_copied(how: Callable[[Learner], object]) -> None:
     with pytest.raises(UsageError, match=r"A Learner cannot be copied or pickled: .* Copy its model"):
         how(tiny_learner())
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("data", "Pass the loaders to a fit, learner.fit(10, data=...), or to learner.evaluate(...)."),
+        ("optimizer", "Call learner.replace_optimizer(...)."),
+        ("callbacks", "Call learner.set_callbacks([...]) or learner.add_callback(...)."),
+        ("core", "Make a new Learner(..., core=...)."),
+        ("executor", "Make a new Learner(..., executor=...)."),
+        ("strict", "Make a new Learner(..., strict=True)."),
+        ("model", "Change the object itself, or make a new Learner."),
+        ("history", "Change the object itself, or make a new Learner."),
+    ],
+)
+def test_an_assignment_that_would_have_no_effect_is_refused(name: str, remedy: str) -> None:
+    learner = tiny_learner()
+    before = getattr(learner, name)
+    with pytest.raises(UsageError) as raised:
+        setattr(learner, name, 1)
+    assert str(raised.value) == (
+        f"learner.{name} cannot be assigned: other parts of the learner hold what it had. {remedy}"
+    )
+    assert getattr(learner, name) is before or name == "history"
+
+
+def test_an_attribute_of_ones_own_may_be_assigned() -> None:
+    class Own(Learner):
+        mine: int
+
+        @property
+        def doubled(self) -> int:
+            return 2 * self.mine
+
+        @doubled.setter
+        def doubled(self, value: int) -> None:
+            self.mine = value // 2
+
+    learner = Own(TinyModel(), mse_loss, default_callbacks=False, core=TorchCore(device="cpu"))
+    learner.doubled = 6
+    assert learner.mine == 3
+
+
+def test_strict_is_true_or_false() -> None:
+    assert [tiny_learner(strict=strict).strict for strict in (True, False)] == [True, False]
+    with pytest.raises(UsageError) as raised:
+        tiny_learner(strict="no")
+    assert str(raised.value) == "Learner(strict='no'): strict is True or False."

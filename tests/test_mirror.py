@@ -17,7 +17,6 @@ LIMIT = 700
 ELSEWHERE = {
     "core/data_parallel": "ranks/test_same_training",
     "core/replica": "ranks/test_replica",
-    "core/settings": "core/test_torch_core",
     "core/sharding": "ranks/test_sharded",
     "core/unsent_gradients": "ranks/test_sharded",
     "core/world": "ranks/test_one_alone",

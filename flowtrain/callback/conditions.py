@@ -14,7 +14,7 @@ from typing import Any
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError, is_a, is_positive, is_type, whole_number
 
 __all__ = ["After", "Before", "Condition", "Counting", "Every", "EverySeconds", "Once", "When"]
 
@@ -26,9 +26,16 @@ class Condition:
 
     Attributes:
         event_type: The condition is asked at events of this type, subclasses included, and at no others.
+
+    Raises:
+        UsageError: `event_type` is no type of events.
     """
 
     def __init__(self, event_type: type[Event]) -> None:
+        if not is_type(event_type, Event):
+            raise UsageError(
+                f"{type(self).__name__}({event_type!r}): a condition is asked at events of a type. Write BatchEnd."
+            )
         self.event_type = event_type
 
     def ready(self, phase: Phase) -> bool:
@@ -91,11 +98,19 @@ class Every(Counting):
 
 
 class After(Counting):
-    """Let all events but the first `n` pass, counted for each phase."""
+    """Let all events but the first `n` pass, counted for each phase.
+
+    Args:
+        event_type: The type of the events that are counted.
+        n: The number of events that do not pass, at least 0.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 0.
+    """
 
     def __init__(self, event_type: type[Event], n: int) -> None:
         super().__init__(event_type)
-        self.n = n
+        self.n = whole_number("After(): n", n, least=0)
 
     def ready(self, phase: Phase) -> bool:
         """Count the event, and tell whether the first n are over."""
@@ -103,11 +118,19 @@ class After(Counting):
 
 
 class Before(Counting):
-    """Let the events before the `n`-th pass, counted for each phase."""
+    """Let the events before the `n`-th pass, counted for each phase.
+
+    Args:
+        event_type: The type of the events that are counted.
+        n: The number of the first event that does not pass, at least 1.
+
+    Raises:
+        UsageError: `n` is no whole number, or below 1.
+    """
 
     def __init__(self, event_type: type[Event], n: int) -> None:
         super().__init__(event_type)
-        self.n = n
+        self.n = whole_number("Before(): n", n)
 
     def ready(self, phase: Phase) -> bool:
         """Count the event, and tell whether the n-th is still to come."""
@@ -121,10 +144,18 @@ class When(Counting):
         event_type: The type of the events that the condition decides about.
         predicate: A function of the number of the event (from 1, counted for each phase) and the phase; it returns a
             ``bool``.
+
+    Raises:
+        UsageError: `predicate` cannot be called.
     """
 
     def __init__(self, event_type: type[Event], predicate: Callable[[int, Phase], bool]) -> None:
         super().__init__(event_type)
+        if not callable(predicate):
+            raise UsageError(
+                f"When(..., {predicate!r}): the predicate is a function of the event's number and the phase: "
+                f"lambda number, phase: number < 10."
+            )
         self.predicate = predicate
 
     def ready(self, phase: Phase) -> bool:
@@ -175,10 +206,15 @@ class EverySeconds(Condition):
         event_type: The type of the events that the condition decides about.
         seconds: The shortest time between two events that pass, in seconds.
         clock: A function that returns the time in seconds; it never goes back.
+
+    Raises:
+        UsageError: `seconds` is no number above zero.
     """
 
     def __init__(self, event_type: type[Event], seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__(event_type)
+        if not is_positive(seconds):
+            raise UsageError(f"EverySeconds(..., {seconds!r}): seconds is a number above zero, such as 30.")
         self.seconds = seconds
         self.clock = clock
         self._next = float("-inf")
@@ -194,7 +230,6 @@ class EverySeconds(Condition):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the seconds that are left to wait: the clock of another process begins elsewhere."""
-        # The time that is left, since clocks of two processes have no common zero.
         return {"left": max(0.0, self._next - self.clock())}  # before the first event `_next` is minus infinity
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -61,15 +61,15 @@ class Handler:
         """Return the value of an argument of `on` that a callback holds in an attribute, or returns from a method."""
         kind = type(callback).__name__
         where = f"{self.callback_type}.{self.attribute} takes its {argument} from {name!r}, as on() says"
-        remedy = f"Set self.{name} in __init__, or write what it is: @on(BatchEnd, TrainingPhase, access={{...}})."
-        try:
-            held = getattr(callback, name)
-        except AttributeError as error:
+        itself = "" if argument == "enabled" else f", or give on() the {argument} itself instead of a name"
+        remedy = f"Set self.{name} in __init__{itself}."
+        if not hasattr(type(callback), name) and name not in getattr(callback, "__dict__", {name: None}):
             hint = nearest(name, dir(callback))
-            raise HandlerError(
-                f"{where}, and {kind} has no attribute or method of that name.{hint} {remedy}"
-            ) from error
-        value = held() if inspect.ismethod(held) else held
+            raise HandlerError(f"{where}, and {kind} has no attribute or method of that name.{hint} {remedy}")
+        held = getattr(callback, name)  # an error of a property is that of the user's code, and is raised as it is
+        value = held() if inspect.ismethod(held) or _asks_nothing(held) else held
+        if argument == "enabled" and _is_false(value):
+            return False
         base = {"event_type": Event, "phase_type": Phase}.get(argument)
         if base is not None and not is_type(value, base):
             raise HandlerError(f"{where}, and that is {value!r}, which is no subclass of {base.__name__}. {remedy}")
@@ -205,6 +205,23 @@ def _check_function(function: Callable[..., Any], count: int = 4) -> None:
         ) from None
     except ValueError:
         return  # a builtin without a signature
+
+
+def _asks_nothing(value: object) -> bool:
+    """Tell whether a value is a function without arguments, such as a static method or a lambda, that gives a value."""
+    if not inspect.isroutine(value):
+        return False
+    try:
+        inspect.signature(value).bind()
+    except (TypeError, ValueError):  # it has arguments, so it is a setting itself; or it is a builtin
+        return False
+    return True
+
+
+def _is_false(value: Any) -> bool:
+    """Tell whether a value is the ``False`` of NumPy or of a tensor, which only a comparison of its content shows."""
+    kind = str(getattr(value, "dtype", "")).removeprefix("torch.")
+    return kind == "bool" and getattr(value, "shape", None) == () and not value
 
 
 def is_bundled_event(event_type: type[Event]) -> bool:

@@ -40,7 +40,7 @@ from flowtrain.callback.events import (
 )
 from flowtrain.callback.modes import Modes, phase_modes
 from flowtrain.data.batch_size import measure
-from flowtrain.errors import DataError, UsageError, describe
+from flowtrain.errors import DataError, UsageError, describe, is_a, is_type
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -154,7 +154,8 @@ class Phase:
     """A kind of epoch. `FitBegin` and `FitEnd` are fired with `Phase()` itself.
 
     Attributes:
-        events: The library's events that the phase fires, in order; ``None`` where they are not known.
+        events: The library's events that the phase fires, in order; ``None`` where they are not known. Every event in
+            `provides` must be among them.
         provides: The entries that the phase puts into the batch state, each with the first event at which it exists.
             ``None`` where the entries are not known: a missing entry is then an error when a handler reads it, and not
             already when the learner is built.
@@ -182,6 +183,34 @@ class Phase:
             for name in ("events", "provides"):
                 if name not in cls.__dict__:
                     setattr(cls, name, None)
+        cls._check_lists()
+
+    @classmethod
+    def _check_lists(cls) -> None:
+        """Check `events` and `provides` where the class is defined: a learner looks the events up in one another.
+
+        Raises:
+            UsageError: One of them holds something else than types of events, or `events` lacks one of `provides`.
+        """
+        events, provides, name = cls.events, cls.provides, cls.__name__
+        if events is not None and not (is_a(events, (tuple, list)) and all(is_type(each, Event) for each in events)):
+            raise UsageError(
+                f"{name}.events is {events!r}. It is a tuple of types of events, in the order in which they are fired: "
+                f"events = (EpochBegin, BatchBegin, BatchEnd, EpochEnd)."
+            )
+        if provides is not None and not is_a(provides, Mapping):
+            raise UsageError(
+                f"{name}.provides is {provides!r}. It is a mapping from entries of the batch to types of events: "
+                f'provides = {{"inputs": BatchBegin}}.'
+            )
+        for entry, event in (provides or {}).items():
+            if not is_type(event, Event):
+                raise UsageError(f"{name}.provides has {event!r} for {entry!r}. Write a type of events: BatchBegin.")
+            if events is not None and event not in events:
+                raise UsageError(
+                    f"{name}.provides has {entry!r} from {event.__name__} on, and {name}.events lacks that event. Add "
+                    f"it to events, or define provides in {name} with the events that its step fires."
+                )
 
     def step(self, learner: StepContext, raw: Any) -> None:
         """Run one batch.

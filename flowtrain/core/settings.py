@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,7 +15,7 @@ from flowtrain.core.prefetch import Transfer
 from flowtrain.core.world import Parallel
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 
-__all__ = ["Settings", "Shard"]
+__all__ = ["Settings", "Shard", "setting"]
 
 Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
 """Which submodules are units of their own: those of a class or of several, or those a function says yes to."""
@@ -48,15 +49,17 @@ class Settings:
     fsdp: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.precision not in DTYPES:
+        if not is_a(self.precision, str) or self.precision not in DTYPES:
             known = ", ".join(map(repr, DTYPES))
             raise CoreError(f"precision={self.precision!r} is unknown. It is one of: {known}.")
         object.__setattr__(self, "accumulate", whole_number("accumulate", self.accumulate, error=CoreError))
         for name, limit in (("clip_grad_norm", self.clip_grad_norm), ("clip_grad_value", self.clip_grad_value)):
             if limit is not None and not is_positive(limit):
-                raise CoreError(f"{name} must be a positive number, or None for no clipping; got {limit!r}.")
+                raise CoreError(
+                    f"{name}={limit!r}: a limit is a number above zero. Write {name}=1.0, or None for no clipping."
+                )
         if not is_positive(self.init_scale):
-            raise CoreError(f"init_scale must be a positive number, such as 65536.0; got {self.init_scale!r}.")
+            raise CoreError(f"init_scale={self.init_scale!r}: a scale is a number above zero, such as 65536.0.")
         if self.lag is not None:
             lag = whole_number("lag, in batches, or None for the device's own,", self.lag, least=0, error=CoreError)
             object.__setattr__(self, "lag", lag)
@@ -87,6 +90,26 @@ class Settings:
         if self.parallel == "fsdp" and self.ddp is not None:
             raise CoreError(f"ddp={self.ddp!r} is for parallel='ddp'. Write fsdp={{...}} with parallel='fsdp'.")
         _check_fsdp(self.parallel, self.shard, self.fsdp, self.precision, self.compile)
+
+
+def setting(name: str) -> property:
+    """Return a property that shows a setting of a core. An assignment is refused, since groups and steps depend on it.
+
+    The getter is a C function, so that a step that asks for the setting makes no Python call.
+    """
+
+    def refuse(core: object, value: object) -> None:
+        """Refuse the assignment.
+
+        Raises:
+            CoreError: Always.
+        """
+        raise CoreError(
+            f"core.{name} = {value!r}: a core keeps the settings that it was made with, since compiled functions and "
+            f"open groups depend on them. Make a new Learner(..., core=TorchCore({name}={value!r}))."
+        )
+
+    return property(attrgetter(f"settings.{name}"), refuse)
 
 
 def _check_ddp(options: object, accumulate: int) -> None:

@@ -40,7 +40,7 @@ from flowtrain.core.precision import (
 )
 from flowtrain.core.prefetch import Placement, Transfer, warn_unable
 from flowtrain.core.replica import Replica, Single
-from flowtrain.core.settings import Settings, Shard
+from flowtrain.core.settings import Settings, Shard, setting
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.world import Parallel, World, find_world, local_rank
 from flowtrain.errors import CoreError
@@ -109,6 +109,9 @@ class TorchCore:
     feed: Callable[[Iterable[Any], int | None], Iterable[Any]]
     """Returns the batches of an epoch, of which there are the given number, with the next one moved ahead of time."""
 
+    precision, accumulate = setting("precision"), setting("accumulate")
+    clip_grad_norm, clip_grad_value = setting("clip_grad_norm"), setting("clip_grad_value")
+
     def __init__(
         self,
         device: str | torch.device = "auto",
@@ -135,10 +138,6 @@ class TorchCore:
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
             parallel=parallel, ddp=ddp, uneven=uneven, check_params=check_params, shard=shard, fsdp=fsdp,
         )  # fmt: skip
-        # Attributes beside the settings, since a step reads them at each batch.
-        self.precision: Precision = precision
-        self.accumulate = self.settings.accumulate
-        self.clip_grad_norm, self.clip_grad_value = clip_grad_norm, clip_grad_value
         self._state: LearnerState | None = None
         self._needs_norm = self._warned = False
         self._guard: NaNGuard | None = None
@@ -147,9 +146,10 @@ class TorchCore:
 
     # --- called once, by the learner
 
-    def release(self) -> None:
-        """Belong to no learner any more, because the learner that was being built was refused."""
-        self._state = None
+    def release(self, state: LearnerState) -> None:
+        """Belong to no learner any more, because the learner of this state, which was being built, was refused."""
+        if self._state is state:  # otherwise the core belongs to another learner, which goes on using it
+            self._state = None
 
     def close(self) -> None:
         """Drop all references to the learner's state, so that it is freed even if a user keeps the core."""
@@ -192,7 +192,7 @@ class TorchCore:
             move_modules(self.modules, self.device, channels_last=self.settings.channels_last)
             sharded = Sharded(self.world, self.models, self._loss_modules, self.device, self.settings, optimizer)
         made = self.make_optimizers(optimizer)
-        self._state = state  # nothing below can fail, so a refused core never belongs to a learner
+        self._state = state
         state.params = self.params = Parameters(self.models)
         self.grads = Gradients(self.params)
         self._scaling = Scaling(self.device, self.settings.init_scale) if self.precision == "fp16" else None

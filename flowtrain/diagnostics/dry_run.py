@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import io
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from dataclasses import dataclass
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng, scratch_learner
 from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks
-from flowtrain.logging.backend import Identity, collecting
+from flowtrain.state.learner_state import LearnerState
 
 __all__ = ["DryRun", "HandlerTime", "dry_run"]
 
@@ -88,29 +87,20 @@ def dry_run(learner: LearnerParts) -> DryRun:
         model, lossfn, optimizer, callbacks = copied(learner, [node.callback for node in nodes], "learner.dry_run()")
         for callback in callbacks:
             callback.conditions = ()
-        with type(learner)(
-            model,
-            lossfn,
-            data=data,
-            optimizer=optimizer,
-            callbacks=(),
-            default_callbacks=False,
-            core=learner.core.like(),
-        ) as scratch:
-            # The learner is made without callbacks, and their plan here: `Callbacks` takes the function that measures
-            # each call, and the logging backends of the copies are not opened by it.
-            watch = _Watch()
-            with collecting(Identity("a dry run", "", 0), None), redirect_stdout(io.StringIO()):  # no record is written
-                built = Callbacks(callbacks, scratch.state, [type(phase) for phase in data], (), watch.around)
-                scratch.state.callbacks = built
-                scratch.loop.dispatch.use(built)
-                # A learner finds from its callbacks whether one of them reads the norm, and this one was made without
-                # them.
-                scratch.core.need_grad_norm(True)
-                scratch.loop.dispatch.checkpoint = None  # requests have no effect
-                watch.run(scratch)
+        watch = _Watch()
+
+        def build(state: LearnerState) -> Callbacks:
+            """Return the callbacks, with a measurement around each call."""
+            return Callbacks(callbacks, state, [type(phase) for phase in data], (), watch.around)
+
+        with (
+            redirect_stdout(io.StringIO()),
+            scratch_learner(learner, (model, lossfn, optimizer), data, build) as scratch,
+        ):
+            watch.run(scratch)
             result = DryRun(watch.times)
-            result.idle = tuple(label for label in _labels(built) if label not in {each.handler for each in result})
+            labels = _labels(scratch.state.callbacks)
+            result.idle = tuple(label for label in labels if label not in {each.handler for each in result})
             result.stopped = scratch.stopped
     return result
 
@@ -148,9 +138,7 @@ class _Watch:
     def run(self, scratch: LearnerParts) -> None:
         """Fit the scratch learner for one epoch; an error gets a note that only copies have run."""
         try:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # a warning for fits of users
-                scratch.fit(1)
+            scratch.fit(1)
         except Exception as error:
             error.add_note("raised in a dry run, on copies: the learner has not changed")
             raise

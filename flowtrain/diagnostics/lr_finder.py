@@ -20,10 +20,12 @@ from flowtrain.callback.events import BatchEnd, UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.plots import figure_type, save
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copies
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, scratch_learner
 from flowtrain.errors import CancelFittingException, UsageError, is_positive, whole_number
+from flowtrain.graph.registry import Callbacks
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.rng import restoring_loader
 
 __all__ = ["LearningRateSweep", "find_learning_rate"]
@@ -214,15 +216,13 @@ def _run(learner: LearnerParts, sweep: _Sweep, phase: Phase, loader: Any, update
     needed = _needed(learner)
     data: PhaseMap[Any] = PhaseMap("data")
     data[phase] = loader
-    with type(learner)(
-        model,
-        lossfn,
-        data=data,
-        optimizer=optimizer,
-        callbacks=[*(other for other in others if other.name in needed), subject],
-        default_callbacks=False,
-        core=learner.core.like(),
-    ) as scratch:
+    callbacks = [*(other for other in others if other.name in needed), subject]
+
+    def build(state: LearnerState) -> Callbacks:
+        """Return the callbacks of the sweep."""
+        return Callbacks(callbacks, state, [type(phase)])
+
+    with scratch_learner(learner, (model, lossfn, optimizer), data, build) as scratch:
         scratch.fit(steps=updates * learner.core.accumulate)
     sweep.take(subject)
 

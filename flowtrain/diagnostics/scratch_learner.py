@@ -1,18 +1,19 @@
 """Copies for a trial run: of a learner's parts, of its first batches, and of the states of random number generators.
 
-A trial run must not change training. It runs within `same_rng`. A whole fit runs on `copies` of the parts of
-a learner and its `first_batches`. A single forward pass runs on a copy of one batch (`first_batch`) and a copy of the
-model that shares its parameters (`shared_copy`), so that the model's buffers do not change.
+A trial run must not change training. It runs within `same_rng`. A whole fit runs on a `scratch_learner`, with `copies`
+of the parts of a learner and its `first_batches`. A single forward pass runs on a copy of one batch (`first_batch`) and
+a copy of the model that shares its parameters (`shared_copy`), so that the model's buffers do not change.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from types import TracebackType
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -24,6 +25,8 @@ from flowtrain.core.devices import to_device
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.loaders import CombinedLoader, LimitedLoader
 from flowtrain.errors import UsageError
+from flowtrain.graph.registry import Callbacks
+from flowtrain.logging.backend import Identity, collecting
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.shards import is_sharded
@@ -40,6 +43,7 @@ __all__ = [
     "on_device_of",
     "readable_copy",
     "same_rng",
+    "scratch_learner",
     "shared_copy",
 ]
 
@@ -51,17 +55,11 @@ class LearnerParts(Protocol):
     core: TorchCore
     loop: Loop
 
-    def __init__(
-        self,
-        model: Any,
-        lossfn: Any,
-        *,
-        data: PhaseMap[Any],
-        optimizer: Any,
-        callbacks: Sequence[Callback],
-        default_callbacks: Literal[False],
-        core: TorchCore,
-    ) -> None: ...
+    def __scratch__(
+        self, model: Any, lossfn: Any, *, data: PhaseMap[Any], optimizer: Any, core: TorchCore
+    ) -> LearnerParts:
+        """Return a learner of these parts without callbacks."""
+        ...
 
     @property
     def stopped(self) -> BaseException | None:
@@ -75,6 +73,41 @@ class LearnerParts(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, failure: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
+
+
+@contextmanager
+def scratch_learner(
+    learner: LearnerParts,
+    parts: tuple[Any, Any, Any],
+    data: PhaseMap[Any],
+    build: Callable[[LearnerState], Callbacks],
+    core: TorchCore | None = None,
+) -> Generator[LearnerParts]:
+    """Give a learner for a trial run, which is closed after the context.
+
+    A fit of it writes no record and no checkpoint: requests of handlers have no effect, and a callback that knows that
+    it runs in a trial (`flowtrain.logging.backend.identity`) leaves its files alone. It does not warn of data without a
+    training phase.
+
+    Args:
+        learner: The learner of the user.
+        parts: Copies of its model, loss function and optimizer.
+        data: The loader of each phase.
+        build: A function that makes the callbacks of the new learner from its state.
+        core: The core of the new learner; by default one with the settings of the user's.
+    """
+    model, lossfn, optimizer = parts
+    made = learner.__scratch__(model, lossfn, data=data, optimizer=optimizer, core=core or learner.core.like())
+    with made as scratch, warnings.catch_warnings(), collecting(Identity("a trial run", "", 0), None):
+        warnings.filterwarnings("ignore", r"fit\(\) has no training phase")
+        # The learner was made without callbacks, which `Learner` would give logging backends that are open.
+        callbacks = build(scratch.state)
+        scratch.state.callbacks = callbacks
+        scratch.loop.dispatch.use(callbacks)
+        scratch.loop.dispatch.checkpoint = None
+        # A learner finds from its callbacks whether one of them reads the norm, and this one was made without them.
+        scratch.core.need_grad_norm(True)
+        yield scratch
 
 
 def copies(learner: LearnerParts, callback: Callback, who: str) -> tuple[Callback, Any, Any, Any, list[Callback]]:

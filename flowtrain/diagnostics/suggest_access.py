@@ -9,7 +9,6 @@ are kept.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,14 +21,13 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.recording_view import Log, RecordingView
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_batches, same_rng
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_batches, same_rng, scratch_learner
 from flowtrain.diagnostics.strict import changes, declarable, fingerprints
 from flowtrain.errors import FlowtrainError, UsageError, is_a, nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, PlannedHandler, owner_of, set_up
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.registry import Callbacks
-from flowtrain.logging.backend import Identity, collecting
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner
@@ -134,33 +132,24 @@ def _trial_run(
     """
     subject, model, lossfn, optimizer, others = copies(learner, callback, who)
     probe = _Probe(subject, declared=declared)
-    try:
-        scratch = type(learner)(
-            model,
-            lossfn,
-            data=data,
-            optimizer=optimizer,
-            callbacks=(),
-            default_callbacks=False,
-            core=learner.core.like(),
-        )
-        built = _Probed([*others, subject], scratch.state, probe)
-    except FlowtrainError as error:
-        if declared:
-            raise _NotBuilt from error
-        raise
-    scratch.core.need_grad_norm(True)  # otherwise a callback that does not declare the norm yet could not read it
-    scratch.state.callbacks = built
-    scratch.loop.dispatch.use(built)
+
+    def build(state: LearnerState) -> Callbacks:
+        """Return the callbacks, of which the subject is observed."""
+        try:
+            return _Probed([*others, subject], state, probe)
+        except FlowtrainError as error:
+            if declared:
+                raise _NotBuilt from error
+            raise
+
     failure: BaseException | None = None
-    try:
-        with warnings.catch_warnings(), collecting(Identity("a dry run", "", 0), None):  # no record is written
-            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # a warning for fits of users
+    with scratch_learner(learner, (model, lossfn, optimizer), data, build) as scratch:
+        try:
             scratch.fit(1)
-    except Exception as error:  # part of the result, with the access up to it
-        failure = error
-    names = {name for phase in data for name in phase.provides or ()}
-    known = [*(f"batch.{name}" for name in sorted(names)), *(f"cbstate.{name}" for name in scratch.state.cbstate)]
+        except Exception as error:  # part of the result, with the access up to it
+            failure = error
+        names = {name for phase in data for name in phase.provides or ()}
+        known = [*(f"batch.{name}" for name in sorted(names)), *(f"cbstate.{name}" for name in scratch.state.cbstate)]
     return probe.recording(failure, tuple(known))
 
 

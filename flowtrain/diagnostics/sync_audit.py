@@ -1,7 +1,7 @@
 """The audit of synchronisations: operations that make the host wait for the device, with their lines and remedies.
 
-`audit` runs copies of the callbacks for one batch of every phase, on copies of model and optimizer. A throttled
-callback is not reported, since a single batch does not reach its handler.
+`audit` runs copies of the callbacks for one batch of every phase, on copies of model and optimizer. Their conditions
+are removed, so that it reports a throttled callback too, which one batch alone would not reach.
 
 `watching` reports each operation that needs the value of a tensor on the host: ``.item()``, ``float()``, ``.tolist()``,
 ``if tensor:``, ``.cpu()``, a boolean mask. All tensors count as if they were on a device, so the audit works without
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import linecache
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -27,10 +26,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng
+from flowtrain.diagnostics.scratch_learner import LearnerParts, copied, first_batches, same_rng, scratch_learner
 from flowtrain.graph.plan import Call, PlannedHandler
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.device_values import DEFAULT_LAG, reading
+from flowtrain.state.learner_state import LearnerState
 
 __all__ = [
     "Sync",
@@ -200,7 +200,7 @@ class SyncReport(tuple[Sync, ...]):
     def __str__(self) -> str:
         lines = [str(each) for each in self] or ["Nothing makes the host wait for the device."]
         if self.left_out:
-            lines.append(f"Not run: {', '.join(self.left_out)}, which print or write files.")
+            lines.append(f"Not run: {', '.join(self.left_out)}, which print, write files, or wait on purpose.")
         return "\n".join(lines)
 
 
@@ -218,37 +218,43 @@ def audit(learner: LearnerParts) -> SyncReport:
     with same_rng():
         data = first_batches(learner.state.data, "learner.audit_syncs()")
         nodes = learner.state.callbacks.nodes
-        chosen = [node.callback for node in nodes if node.callback.audited and not node.backends]
-        left_out = [node.name for node in nodes if node.callback not in chosen]
-        model, lossfn, optimizer, callbacks = copied(learner, chosen, "learner.audit_syncs()")
+        chosen = [node for node in nodes if node.callback.audited and not node.backends]
+        parts = copied(learner, [node.callback for node in chosen], "learner.audit_syncs()")
+        model, lossfn, optimizer, callbacks = parts
+        for callback in callbacks:
+            callback.conditions = ()
+        probe = _Probe()
+
+        def build(state: LearnerState) -> Callbacks:
+            """Return the callbacks; a report of a wait within a handler names it."""
+            return Callbacks(callbacks, state, [type(phase) for phase in data], (), probe.around)
+
         core = learner.core.like(lag=learner.state.lag or DEFAULT_LAG)
-        scratch = type(learner)(
-            model, lossfn, data=data, optimizer=optimizer, callbacks=(), default_callbacks=False, core=core
-        )
-        seen: dict[Sync, None] = {}
-        probe = _Probe(seen)
-        built = Callbacks(callbacks, scratch.state, [type(phase) for phase in data], (), probe.around)
-        scratch.state.callbacks = built
-        scratch.loop.dispatch.use(built)
-        with warnings.catch_warnings(), watching(probe.found):
-            warnings.filterwarnings("ignore", r"fit\(\) has no training phase")  # a warning for fits of users
+        with (
+            scratch_learner(learner, (model, lossfn, optimizer), data, build, core) as scratch,
+            watching(probe.found),
+        ):
             scratch.fit(1)
-    report = SyncReport(seen)
-    report.left_out = tuple(left_out)
+    report = SyncReport(probe.seen)
+    report.left_out = tuple(node.name for node in nodes if node not in chosen)
     return report
 
 
 class _Probe:
-    """Adds the handler that runs to each report."""
+    """Adds the handler that runs to each report.
 
-    def __init__(self, seen: dict[Sync, None]) -> None:
-        self._seen = seen
+    Attributes:
+        seen: The reports so far, each once, in their order.
+    """
+
+    def __init__(self) -> None:
+        self.seen: dict[Sync, None] = {}
         self._now = ("", "", "")
 
     def found(self, sync: Sync) -> None:
         """Keep a report, with the handler, event and phase that caused it."""
         where, event, phase = self._now
-        self._seen[replace(sync, where=where, event=event, phase=phase)] = None
+        self.seen[replace(sync, where=where, event=event, phase=phase)] = None
 
     def around(self, planned: PlannedHandler) -> Call:
         """Return the call of a handler, whose reports get its name."""

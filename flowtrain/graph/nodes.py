@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowtrain.callback.access import Declaration
 from flowtrain.callback.callback import Callback
+from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 CallbackGraph: TypeAlias = "networkx.DiGraph[Any]"
 
-__all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "to_networkx", "unique_names"]
+__all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "assign_names", "to_networkx", "unique_names"]
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, since nodes are keys of dictionaries
@@ -139,18 +140,7 @@ def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
     Raises:
         CallbackError: An object is no callback, a callback is there twice, or two callbacks have set the same name.
     """
-    for callback in callbacks:
-        if is_type(callback, Callback):
-            name = getattr(callback, "__name__", "")
-            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
-        if not is_a(callback, Callback):
-            raise CallbackError(
-                f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
-                f"CustomCallback(f, EpochEnd, TrainingPhase)."
-            )
-    if len({id(callback) for callback in callbacks}) < len(callbacks):  # by id, as a user may define __eq__
-        twice = next(callback for place, callback in enumerate(callbacks) if callback in callbacks[:place])
-        raise CallbackError(f"{twice!r} is in the list twice. Make two instances if you want two.")
+    _check(callbacks)
     own = [callback.name for callback in callbacks if not _is_automatic(callback)]
     for name in own:
         if own.count(name) > 1:
@@ -174,6 +164,59 @@ def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:
             taken.add(name)
         named.append((callback, name))
     return named
+
+
+def assign_names(named: Iterable[tuple[Callback, str]]) -> None:
+    """Give every callback its name.
+
+    Raises:
+        CallbackError: A callback needs another name than it has, and its name cannot be assigned.
+    """
+    for callback, name in named:
+        if callback.name == name:
+            continue
+        try:
+            callback.name = name
+        except AttributeError as error:  # that of a frozen dataclass is one too
+            raise CallbackError(
+                f"{type(callback).__name__} cannot be given its name, {name!r}: {error}. Let the name be an "
+                f"attribute that can be assigned, in no frozen dataclass, or give the class a name of its own."
+            ) from error
+
+
+def _check(callbacks: list[Callback]) -> None:
+    """Check that these are callbacks, each there once, with a name and conditions that can be used.
+
+    Raises:
+        CallbackError: They are not.
+    """
+    for callback in callbacks:
+        if is_type(callback, Callback):
+            name = getattr(callback, "__name__", "")
+            raise CallbackError(f"{name} is a class. Pass an instance: {name}().")
+        if not is_a(callback, Callback):
+            raise CallbackError(
+                f"{callback!r} is no callback. Subclass flowtrain.Callback, or wrap a function: "
+                f"CustomCallback(f, EpochEnd, TrainingPhase)."
+            )
+        if not is_a(callback.name, str):
+            raise CallbackError(
+                f"{type(callback).__name__}.name is {callback.name!r}. A name is a text, such as 'Printer', or '' for "
+                f"the name of the type."
+            )
+        conditions: Any = callback.conditions
+        if not is_a(conditions, (tuple, list)) or not all(is_a(each, Condition) for each in conditions):
+            raise CallbackError(
+                f"{type(callback).__name__}.conditions is {conditions!r}. It is a tuple of conditions of "
+                f"flowtrain.callback.conditions, such as (Every(BatchEnd, 10),)."
+            )
+    places: dict[int, int] = {}  # by id, as a user may define __eq__
+    for place, callback in enumerate(callbacks):
+        first = places.setdefault(id(callback), place)
+        if first != place:
+            raise CallbackError(
+                f"{callback!r} is in the list twice, at {first} and {place}. Make two instances if you want two."
+            )
 
 
 def _is_automatic(callback: Callback) -> bool:

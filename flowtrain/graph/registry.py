@@ -40,7 +40,7 @@ from flowtrain.graph.checks import (
 from flowtrain.graph.clock import Clock, Measured
 from flowtrain.graph.drawing import Drawing, check_drawn, draw_plan
 from flowtrain.graph.held_backends import backends_of
-from flowtrain.graph.nodes import CallbackGraph, Node, Order, to_networkx, unique_names
+from flowtrain.graph.nodes import CallbackGraph, Node, Order, assign_names, to_networkx, unique_names
 from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of, set_up
 from flowtrain.graph.plan_texts import Description, describe, ranks_text
@@ -121,15 +121,13 @@ class Callbacks(Sequence[Callback]):
         for phase in self._phases:
             events = _step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})
-        names_before = [node.callback.name for node in self._nodes]
+        names_before = [(node.callback, node.callback.name) for node in self._nodes]
         # From here on callbacks and `cbstate` change, so a failure has to undo it.
-        for node in self._nodes:
-            node.callback.name = node.name
         try:
+            assign_names((node.callback, node.name) for node in self._nodes)
             self._set_up({id(callback) for callback in before}, accept)
         except BaseException:
-            for node, name in zip(self._nodes, names_before, strict=True):
-                node.callback.name = name
+            assign_names(names_before)
             for callback in (former := list(before)):
                 callback.check_callbacks(former)
             raise

@@ -40,6 +40,7 @@ __all__ = [
     "CountsMap",
     "PhaseMap",
     "ReadOnlyPhaseMap",
+    "adopt",
     "epoch_of",
     "kind_of_series",
     "phase_key",
@@ -349,6 +350,27 @@ def phase_key(key: object, path: str) -> Phase:
             f"{path} is kept by phase, and {key!r} is not one. Write {path}[phase] or {path}[TrainingPhase]."
         )
     return phase
+
+
+def adopt(phase: Phase, entries: dict[Phase, Any]) -> None:
+    """Let a phase have the entry that another phase of its name has, at the same place in the order.
+
+    Two phases have one name if a cell of a notebook that defines the class ran twice, or if a checkpoint was loaded
+    when another class of that name was defined. Logs, conditions and checkpoints know a phase by its name, so the
+    entries go on with the values of the earlier one.
+
+    Args:
+        phase: The phase that runs from now on.
+        entries: Values by phase. A phase of the name is left alone if `phase` has an entry already.
+    """
+    name = type(phase).__name__
+    old = next((each for each in entries if each is not phase and type(each).__name__ == name), None)
+    if old is None or phase in entries:
+        return
+    items = [(phase if each is old else each, value) for each, value in entries.items()]
+    entries.clear()
+    entries.update(items)
+    Series.rewound += 1
 
 
 def kind_of_series(value: object) -> type[Series] | type[SeriesMap] | None:

@@ -103,13 +103,14 @@ class Packer:
             path: The place of this value in the whole value, for the message: ``["best"]``.
 
         Raises:
-            CheckpointError: The value has a part that is neither a tensor nor plain, or a container that holds itself.
+            CheckpointError: The value has a part that is neither a tensor nor plain, a tensor without values, or a
+                container that holds itself.
         """
         kind = type(value)
         if kind in STORABLE:
             return value
         if isinstance(value, torch.Tensor):
-            return self._sharded(value) if is_sharded(value) else self._clone(value)
+            return self._sharded(value) if is_sharded(value) else self._clone(value, owner, path)
         if isinstance(value, Pieces):
             return value
         with self._inside(value, owner, path):
@@ -145,7 +146,9 @@ class Packer:
         if kind in (set, frozenset) and all(type(item) in STORABLE for item in value):
             return set(value)
         if hasattr(value, "dtype") and getattr(value, "shape", None) == () and hasattr(value, "item"):
-            return self.copy(value.item(), owner, path)
+            number = value.item()
+            if type(number) is not kind:  # the item of a long double of NumPy is a long double again
+                return self.copy(number, owner, path)
         raise _refuse(value, owner, path or "itself")
 
     def _sharded(self, tensor: torch.Tensor) -> Any:
@@ -155,15 +158,16 @@ class Packer:
         self.pieces.append(own_pieces(tensor))
         return {SHARDED: len(self.pieces) - 1, "shape": [*tensor.shape], "dtype": tensor.dtype}
 
-    def _clone(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _clone(self, tensor: torch.Tensor, owner: str, path: str) -> torch.Tensor:
         """Return the copy of a tensor. Two objects that show the same elements, such as tied weights, have one copy."""
+        plain = _plain(tensor, owner, path)
         place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
         key: tuple[Any, ...] = (id(tensor),)
         if place:
             view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
             key = (place, tensor.device, tensor.dtype, *view)
         if key not in self._clones:
-            self._clones[key] = tensor, self.buffers.copy(tensor)
+            self._clones[key] = tensor, self.buffers.copy(plain)
         return self._clones[key][1]
 
     def pack(self, value: Any, path: str) -> Any:
@@ -186,6 +190,28 @@ class Packer:
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             return {"object": self.copy(value.state_dict(), f"{path}.state_dict()")}
         return {"value": self.copy(value, path)}
+
+
+def _plain(tensor: torch.Tensor, owner: str, path: str) -> torch.Tensor:
+    """Return a tensor without its graph and as a plain `torch.Tensor`, since a file with a subclass cannot be read.
+
+    Raises:
+        CheckpointError: The tensor has no values, or its class computes them (``__torch_dispatch__``).
+    """
+    if _computes(type(tensor)):
+        why = ", which torch.load(weights_only=True) cannot read. Return plain tensors that it can be made from"
+    elif tensor.is_meta:
+        why = " on the device 'meta', without values. Give it values first: module.to_empty(device='cpu')"
+    else:
+        plain = tensor.detach()
+        return plain if type(plain) is torch.Tensor else plain.as_subclass(torch.Tensor)
+    raise CheckpointError(f"{owner} cannot be in a checkpoint: {path or 'itself'} is a {type(tensor).__name__}{why}.")
+
+
+def _computes(kind: Any) -> bool:
+    """Tell whether a class of tensors computes its elements, so that they are in no memory of its own."""
+    plain: Any = torch.Tensor
+    return kind.__torch_dispatch__ is not plain.__torch_dispatch__
 
 
 def _refuse(value: Any, owner: str, path: str) -> CheckpointError:
@@ -216,10 +242,10 @@ def unpack(value: Any, kind: str, content: Any, phases: Mapping[str, Phase]) -> 
 
 
 def in_types_of(value: Any, content: Any) -> Any:
-    """Return plain content in containers of the types that `value` has.
+    """Return plain content in containers, and tensors, of the types that `value` has.
 
-    A checkpoint holds a ``defaultdict`` as a dict and a frozenset as a set. An entry that ``setup`` has made as a
-    ``defaultdict`` becomes a ``defaultdict`` again, and so do the containers in it.
+    A checkpoint holds a ``defaultdict`` as a dict, a frozenset as a set, and a tensor of a subclass as a plain one. An
+    entry that ``setup`` has made as a ``defaultdict`` becomes a ``defaultdict`` again, and so do the containers in it.
 
     Args:
         value: The present value.
@@ -230,13 +256,16 @@ def in_types_of(value: Any, content: Any) -> Any:
         items = [in_types_of(dict.get(known, key), item) for key, item in content.items()]
         made = like(known, items, content)
         return like(value, [], data=made) if isinstance(value, UserDict) else made
+    if type(content) is torch.Tensor and isinstance(value, torch.Tensor):
+        kind = type(value.detach())  # a parameter becomes a plain tensor
+        return content if _computes(kind) else content.as_subclass(kind)
     if type(content) is set and isinstance(value, frozenset):
         return like(value, list(content))
     return torch.Size(content) if type(content) is tuple and type(value) is torch.Size else content
 
 
 def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:
-    """Return the phase of a name: one of `phases`, or a phase of any class that is defined.
+    """Return the phase of a name: one of `phases`, or of all classes of that name the one that was defined last.
 
     Args:
         name: The name of the phase, which is that of its class.
@@ -247,11 +276,13 @@ def phase_of(name: str, phases: Mapping[str, Phase]) -> Phase:
     """
     if name in phases:
         return phases[name]
-    found: list[type[Phase]] = [Phase]
-    for kind in found:
-        if kind.__name__ == name:
-            return kind()
-        found += kind.__subclasses__()
+    kinds: list[type[Phase]] = [Phase]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+    # A cell of a notebook that ran twice has left two classes, and the newer one is meant.
+    found = [kind for kind in kinds if kind.__name__ == name]
+    if found:
+        return found[-1]()
     raise CheckpointError(
         f"The checkpoint has state of the phase {name}, and no phase of that name is defined. Import the module that "
         f"defines class {name} before loading; if the class was renamed, give it its old name."

@@ -13,9 +13,9 @@ from typing import Any
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
-from flowtrain.errors import MissingStateError, UsageError, nearest
+from flowtrain.errors import CheckpointError, MissingStateError, UsageError, nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
-from flowtrain.state.by_phase import CONTAINERS, CountsMap, PhaseMap
+from flowtrain.state.by_phase import CONTAINERS, CountsMap, PhaseMap, adopt
 from flowtrain.state.container import Container, Freezer, Tree, changed_items, declared_items
 from flowtrain.state.encoding import Packer, in_types_of, unpack
 from flowtrain.state.optimizer_view import OptimizerParts
@@ -64,13 +64,15 @@ class State(Container, _Namespace):
     it sees the same; only a namespace in a namespace may be replaced.
     """
 
-    __slots__ = ("__twins__",)
+    __slots__ = ("__saved__", "__twins__")
     __kind__ = "namespace"
 
+    __saved__: dict[str, Any]  # by entry, the state of an object in a checkpoint, until such an object is assigned
     __twins__: Twins
 
     def __init__(self, path: str) -> None:
         super().__init__(path)
+        object.__setattr__(self, "__saved__", {})
         object.__setattr__(self, "__twins__", Twins(path))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -81,6 +83,10 @@ class State(Container, _Namespace):
                 f"{self._path}.{name} is a {type(old).__name__} and is filled, never replaced: others hold it. "
                 f"Write into it, as {self._path}.{name}[phase] = ... or .push(...)."
             )
+        if name in self.__saved__ and value is not None:
+            saved = self.__saved__.pop(name)
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(saved)
         self.__dict__[name] = value
         # The twin is made here and not at each reading, so that all readers of the entry have the same one.
         self.__twins__.__dict__[name] = readonly(value, f"{self._path}.{name}")
@@ -99,9 +105,11 @@ class State(Container, _Namespace):
         return _namespace(self._path, parts)
 
     def __packed__(self, packer: Packer, path: str) -> dict[str, Any]:
-        return {name: packer.pack(item, f"{path}.{name}") for name, item in vars(self).items()}
+        saved = {name: {"object": packer.copy(state, f"{path}.{name}")} for name, state in self.__saved__.items()}
+        return {name: packer.pack(item, f"{path}.{name}") for name, item in vars(self).items()} | saved
 
     def __fill__(self, content: Mapping[str, Any], phases: Mapping[str, Phase]) -> None:
+        self.__saved__.clear()
         for name in [name for name in self if name not in content]:
             delattr(self, name)
         for name, packed in content.items():
@@ -114,6 +122,9 @@ class State(Container, _Namespace):
             name: The entry.
             packed: A result of `Packer.pack` that nobody else holds.
             phases: Phases by name, for those that the learner has data for.
+
+        Raises:
+            CheckpointError: The entry is of one kind here and of another one in the checkpoint.
         """
         [(kind, content)] = packed.items()
         # A callback that this learner does not have may have made the container in the run that was saved. It is made
@@ -123,17 +134,29 @@ class State(Container, _Namespace):
             if made is not None:
                 setattr(self, name, made)
         there = vars(self).get(name)
-        if not unpack(there, kind, content, phases):
+        self.__saved__.pop(name, None)
+        if unpack(there, kind, content, phases):
+            return
+        if (isinstance(there, Container) and not isinstance(there, State)) or hasattr(there, "load_state_dict"):
+            raise CheckpointError(
+                f"{self._path}.{name} is a {type(there).__name__} in this learner, and in the checkpoint it is of the "
+                f"kind {kind!r}. Load the checkpoint with the callbacks that it was written with, or give the entry "
+                f"another name."
+            )
+        if kind == "object":  # a handler makes the object later, or it is that of a callback that the learner lacks
+            self.__saved__[name] = content
+        else:
             setattr(self, name, in_types_of(there, content))
 
     def __mark__(self) -> dict[str, Any]:
-        return dict(vars(self))
+        return {**vars(self), "": dict(self.__saved__)}  # no entry has an empty name
 
     def __rewind__(self, mark: Mapping[str, Any]) -> None:
         # The twins are cleared too, because those of entries that were added since the mark must be gone.
-        vars(self).clear()
-        vars(self.__twins__).clear()
-        self.__setstate__(mark)
+        for each in (vars(self), vars(self.__twins__), self.__saved__):
+            each.clear()
+        self.__setstate__({name: item for name, item in mark.items() if name})
+        self.__saved__.update(mark.get("", {}))
 
     def __leaves__(self, fingerprint: Callable[[Any], object]) -> Iterator[tuple[Path, object]]:
         for name, item in vars(self).items():
@@ -318,8 +341,8 @@ class LearnerState:
     def hand_over(self) -> LearnerState:
         """Return another state with all that this one holds; nothing is left in this one.
 
-        Views, plans and executors hold this one in circles. The objects of a closed learner are freed with it at once,
-        without the garbage collector, because they are in no circle any more.
+        Views, plans and executors refer to this state, and it refers to them. The other state is in no such cycle, so
+        the objects of a closed learner are freed with it at once, without the garbage collector.
         """
         other = LearnerState()
         for name in self.__slots__:
@@ -339,6 +362,15 @@ class LearnerState:
         else:
             parts = {name: OptimizerParts(each, f"optimizer.{name}", named) for name, each in optimizers.items()}
             self.optimizer, self.optimizers = Named("optimizer", optimizers), Named("optimizer", parts)
+
+    def adopt(self, phase: Phase) -> None:
+        """Let a phase have the loader and the values that another phase of its name has (`by_phase.adopt`)."""
+        found: list[Any] = [self.data, *vars(self.cbstate).values()]
+        for each in found:
+            if isinstance(each, PhaseMap):
+                adopt(phase, each)
+            elif isinstance(each, State):
+                found += vars(each).values()
 
     def show(self, batch: BatchState) -> None:
         """Make `batch` the current one, with a twin, because it may come to hold containers."""

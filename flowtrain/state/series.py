@@ -14,7 +14,7 @@ import torch
 
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import nearest
+from flowtrain.errors import nearest, whole_number
 from flowtrain.state.container import Container, Freezer, Tree, declared_items
 from flowtrain.state.device_values import Unread
 from flowtrain.state.encoding import Packer
@@ -128,7 +128,16 @@ class Series(Container):
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
 
         A tensor with more elements is copied, so that a later change of it in place does not change the series.
+
+        Args:
+            value: The value.
+            step: The number of the batch or epoch, a whole number from 0.
+
+        Raises:
+            UsageError: `step` is no such number. A checkpoint could not hold it, and would fail much later.
         """
+        if type(step) is not int:
+            step = whole_number(f"{self._path}: the step of push()", step, least=0)
         if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
             if value.numel() != 1:
                 value = value.detach().clone()

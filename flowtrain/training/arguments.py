@@ -30,6 +30,7 @@ __all__ = [
     "check_phase",
     "given_phase",
     "no_attribute",
+    "set_attribute",
     "with_defaults",
 ]
 
@@ -95,6 +96,16 @@ _ATTRIBUTES = {
 }
 """Maps the code to write to the names, separated by spaces, that other libraries have for that attribute or method."""
 
+_CHANGES = {
+    "callbacks": "Call learner.set_callbacks([...]) or learner.add_callback(...).",
+    "core": "Make a new Learner(..., core=...).",
+    "data": "Pass the loaders to a fit, learner.fit(10, data=...), or to learner.evaluate(...).",
+    "executor": "Make a new Learner(..., executor=...).",
+    "optimizer": "Call learner.replace_optimizer(...).",
+    "strict": "Make a new Learner(..., strict=True).",
+}
+"""The code to write instead of an assignment to an attribute of a learner."""
+
 
 def check_keywords(call: str, unknown: Mapping[str, Any], known: Callable[..., Any]) -> None:
     """Refuse keyword arguments that a call does not have, with the code to write instead.
@@ -126,6 +137,20 @@ def no_attribute(name: str, names: Iterable[str]) -> AttributeError:
     advice = _advice(_ATTRIBUTES, name)
     remedy = f" Write {advice}." if advice else nearest(name, [each for each in names if not each.startswith("_")])
     return AttributeError(f"A Learner has no attribute {name!r}.{remedy}")
+
+
+def set_attribute(learner: object, name: str, value: object) -> None:
+    """Assign an attribute of a learner; `__setattr__` of the class.
+
+    Raises:
+        UsageError: The attribute is one that the learner was built with, or that it only shows, so that the assignment
+            would have no effect.
+    """
+    kind = getattr(type(learner), name, None)
+    if (isinstance(kind, property) and kind.fset is None) or (name == "core" and name in vars(learner)):
+        remedy = _CHANGES.get(name, "Change the object itself, or make a new Learner.")
+        raise UsageError(f"learner.{name} cannot be assigned: other parts of the learner hold what it had. {remedy}")
+    object.__setattr__(learner, name, value)
 
 
 def _advice(table: Mapping[str, str], name: str) -> str:

@@ -7,7 +7,7 @@ loop run. `predict` runs no phase: it only calls the model, and leaves no trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from os import PathLike
 from typing import Any
 
@@ -20,17 +20,17 @@ from flowtrain.errors import CheckpointError, DataError, ExecutorError, UsageErr
 from flowtrain.graph.executor import Deferring
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
-from flowtrain.state.by_phase import PhaseMap
+from flowtrain.state.by_phase import PhaseMap, adopt
 from flowtrain.state.learner_state import Named
 from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.checkpoint.folder_lock import Folders
 from flowtrain.training.checkpoint.rng import restoring_loader
-from flowtrain.training.fit_data import check_fit_data, check_gave, check_loader, limited, loaders_by_phase
+from flowtrain.training.fit_data import check_fit_data, check_gave, check_loader, limited, loaders_by_phase, same_name
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
 
-__all__ = ["Calls"]
+__all__ = ["Calls", "without_frames"]
 
 
 class Calls:
@@ -47,6 +47,7 @@ class Calls:
     def __init__(self, loop: Loop, changes: CallbackChanges) -> None:
         self.stopped: BaseException | None = None
         self._loop, self._changes = loop, changes
+        self._phases: dict[str, Phase] = {}  # the phases that the learner has run, by name
         self._folders = Folders(loop.dispatch.mailbox.put)
 
     # --- calls that train
@@ -130,11 +131,11 @@ class Calls:
 
     def _epoch(self, phase: Phase, data: Any, call: str) -> None:
         """Run an epoch over `data`, or over the phase's own loader for ``None``; `call` is the remedy without both."""
+        self.check_phases([phase])
         known = self._loop.state.data
         if data is None and phase not in known:
             raise UsageError(f"There is no data for {phase!r}. Pass it: {call}.")
         chosen = self._loop.together.divide(known if data is None else loaders_by_phase({**known, phase: data}))
-        self.check_phases([phase])
         with self._using(chosen):
             self._loop.epoch(phase, chosen[phase])
 
@@ -264,10 +265,22 @@ class Calls:
         self._loop.scopes.refuse_nested(call)
 
     def check_phases(self, phases: Iterable[Phase]) -> None:
-        """Check that the learner can run an epoch of each phase: its models, and the plans of its events."""
-        callbacks: Callbacks = self._loop.state.callbacks
+        """Check that the learner can run an epoch of each phase: its name, its models, and the plans of its events.
+
+        Raises:
+            FlowtrainError: It cannot.
+        """
+        loop = self._loop
+        callbacks: Callbacks = loop.state.callbacks
         for phase in phases:
-            check_phase(phase, self._loop.state.model, self._loop.core.modules)
+            known = self._phases.get(repr(phase), phase)
+            if known is not phase and _place(known) != _place(phase):
+                raise same_name("The learner has run or would run", known, phase)
+            self._phases[repr(phase)] = phase
+            loop.state.adopt(phase)
+            adopt(phase, loop.scopes.numbers)
+            adopt(phase, loop.scopes.passes)
+            check_phase(phase, loop.state.model, loop.core.modules)
             if callbacks:
                 callbacks.plan(EpochBegin, type(phase))  # checks a phase that is met for the first time
 
@@ -290,6 +303,28 @@ class Calls:
             yield
         finally:
             state.data = before
+
+
+def without_frames(failure: BaseException) -> BaseException:
+    """Return a copy of an exception without its traceback, whose frames may hold a batch or a model.
+
+    The copy has the same type, arguments and notes. If its type cannot be made again, or has another text then, the
+    copy is a `RuntimeError` with the name of the type and the text. The exception itself is not changed, since code
+    that caught it may still print its traceback.
+    """
+    others = tuple(without_frames(other) for other in getattr(failure, "others", ()))
+    bare: BaseException = RuntimeError(f"{type(failure).__name__}: {failure}")
+    with suppress(Exception):  # the class of a user, or one written in C, may take other arguments, or none at all
+        same = type(failure).__new__(type(failure), *failure.args)
+        vars(same).update(vars(failure))
+        bare = same if str(same) == str(failure) else bare
+    vars(bare).update(vars(failure), **({"others": others} if others else {}))
+    return bare
+
+
+def _place(phase: Phase) -> tuple[str, str]:
+    """Return the module and the name of a phase's class. A cell of a notebook that runs again makes another class."""
+    return type(phase).__module__, type(phase).__qualname__
 
 
 def _inputs(phase: Phase, raw: Any) -> Any:

@@ -40,6 +40,7 @@ __all__ = [
     "loader_parts",
     "loaders_by_phase",
     "planned_updates",
+    "same_name",
     "set_epoch",
     "shortest",
     "unlimited",
@@ -91,11 +92,16 @@ def _check_name(phase: Phase, others: PhaseMap[Any]) -> None:
         raise DataError(f"data has the phase {phase!r} twice: the type and its instance are the same key.")
     for other in others:
         if repr(other) == repr(phase):
-            raise DataError(
-                f"data has two phases with the name {phase!r}, of {type(other).__module__} and "
-                f"{type(phase).__module__}. Logs, checkpoints and conditions know a phase by its name: give one of "
-                f"them another name. If a cell of a notebook has defined the class again, build the learner again."
-            )
+            raise same_name("data has", other, phase)
+
+
+def same_name(what: str, one: Phase, other: Phase) -> DataError:
+    """Return the error for two phases of one name, which begins with `what`."""
+    places = [f"{type(each).__module__}.{type(each).__qualname__}" for each in (one, other)]
+    return DataError(
+        f"{what} two phases with the name {other!r}, {' and '.join(places)}. Logs, checkpoints and conditions know a "
+        f"phase by its name. Give one of them another name."
+    )
 
 
 def _is_loader(value: object) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from flowtrain import BatchEnd, TrainingPhase, UsageError, ValidationPhase
-from flowtrain.callback.conditions import Every
+from flowtrain.callback.conditions import After, Before, Every, EverySeconds, Once, When
+from tests.support.untyped import untyped
 
 
 def test_every_counts_by_phase_and_goes_on_from_its_state() -> None:
@@ -23,3 +25,38 @@ def test_every_counts_by_phase_and_goes_on_from_its_state() -> None:
 def test_every_is_a_whole_number(every: Any) -> None:
     with pytest.raises(UsageError, match=r"^every is a whole number, at least 1, got "):
         Every(BatchEnd, every)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: After(BatchEnd, untyped("2")), "After(): n is a whole number, at least 0, got '2'."),
+        (lambda: After(BatchEnd, -1), "After(): n is a whole number, at least 0, got -1."),
+        (lambda: Before(BatchEnd, untyped(2.0)), "Before(): n is a whole number, at least 1, got 2.0."),
+        (lambda: Before(BatchEnd, 0), "Before(): n is a whole number, at least 1, got 0."),
+        (
+            lambda: EverySeconds(BatchEnd, untyped("3")),
+            "EverySeconds(..., '3'): seconds is a number above zero, such as 30.",
+        ),
+        (lambda: EverySeconds(BatchEnd, 0), "EverySeconds(..., 0): seconds is a number above zero, such as 30."),
+        (
+            lambda: When(BatchEnd, untyped(True)),
+            "When(..., True): the predicate is a function of the event's number and the phase: "
+            "lambda number, phase: number < 10.",
+        ),
+        (
+            lambda: Once(untyped("BatchEnd")),
+            "Once('BatchEnd'): a condition is asked at events of a type. Write BatchEnd.",
+        ),
+    ],
+)
+def test_conditions_that_cannot_be_asked_are_refused_when_they_are_made(make: Callable[[], Any], text: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        make()
+    assert str(raised.value) == text
+
+
+def test_after_and_before_count_by_phase() -> None:
+    after, before, phase = After(BatchEnd, 1), Before(BatchEnd, 3), TrainingPhase()
+    assert [after.ready(phase) for _ in range(3)] == [False, True, True]
+    assert [before.ready(phase) for _ in range(3)] == [True, True, False]

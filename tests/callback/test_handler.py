@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from flowtrain import (
     AbstractTrainingPhase,
@@ -245,8 +247,8 @@ def test_a_callback_that_has_enabled_nothing_is_no_mistake() -> None:
         (
             {"event_type": BatchEnd()},
             "Chosen.main takes its event_type from 'event_type', as on() says, and that is BatchEnd(), which is no "
-            "subclass of Event. Set self.event_type in __init__, or write what it is: "
-            "@on(BatchEnd, TrainingPhase, access={...}).",
+            "subclass of Event. Set self.event_type in __init__, or give on() the event_type itself instead of a "
+            "name.",
         ),
         ({"phase_type": None}, "Chosen.main takes its phase_type from 'phase_type', as on() says, and that is None,"),
         ({"phase_type": EpochEnd}, "which is no subclass of Phase. Set self.phase_type in __init__, or"),
@@ -270,8 +272,7 @@ def test_what_on_names_must_be_there() -> None:
         Callbacks([Forgets()], LearnerState())
     assert str(caught.value) == (
         "Forgets.show takes its enabled from 'verbose', as on() says, and Forgets has no attribute or method of that "
-        "name. Did you mean 'verbos'? Set self.verbose in __init__, or write what it is: "
-        "@on(BatchEnd, TrainingPhase, access={...})."
+        "name. Did you mean 'verbos'? Set self.verbose in __init__."
     )
     with pytest.raises(HandlerError, match=r"on\(\) got enabled=True; enabled is the name of an attribute or method"):
         on(EpochEnd, enabled=untyped(True))
@@ -284,6 +285,64 @@ def test_what_on_names_must_be_there() -> None:
 
     with pytest.raises(AccessError, match=r"Wrong\.show \(@on\(EpochEnd, \.\.\.\)\) is 3, which is neither Read\(\)"):
         Callbacks([Wrong()], LearnerState())
+
+
+class Switched(Callback):
+    """Has a handler that the test switches on or off."""
+
+    def __init__(self, wanted: Any) -> None:
+        self.wanted = wanted
+
+    @on(EpochEnd, enabled="wanted")
+    def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+
+class SwitchedByStaticMethod(Callback):
+    @staticmethod
+    def wanted() -> bool:
+        return False
+
+    @on(EpochEnd, enabled="wanted")
+    def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+
+class SwitchedByClassMethod(Callback):
+    @classmethod
+    def wanted(cls) -> bool:
+        return False
+
+    @on(EpochEnd, enabled="wanted")
+    def show(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+
+@pytest.mark.parametrize("off", [None, False, lambda: False, np.bool_(False), torch.tensor(False), lambda: None])
+def test_what_switches_a_handler_off(off: Any) -> None:
+    assert handled(Switched(off)) == []
+
+
+@pytest.mark.parametrize("kind", [SwitchedByStaticMethod, SwitchedByClassMethod])
+def test_a_method_of_the_class_switches_a_handler_off(kind: type[Callback]) -> None:
+    assert handled(kind()) == []
+
+
+@pytest.mark.parametrize(
+    "on_", [True, lambda: True, np.bool_(True), 0, "", {}, lambda number: False, np.zeros(2, bool), np.float64(0.0)]
+)
+def test_other_values_are_settings_and_leave_a_handler_on(on_: Any) -> None:
+    assert len(handled(Switched(on_))) == 1
+
+
+def test_an_error_within_a_property_is_raised_as_it_is() -> None:
+    class Broken(Callback):
+        @property
+        def kind(self) -> type[Event]:
+            raise AttributeError("inner problem")
+
+        @on("kind")
+        def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
+
+    with pytest.raises(AttributeError, match=r"^inner problem$"):
+        Callbacks([Broken()], LearnerState())
 
 
 def test_an_added_function_takes_names_too() -> None:

@@ -54,6 +54,41 @@ class SaysWhat(AbstractTrainingPhase):
         """Do nothing."""
 
 
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        (
+            {"events": (BatchBegin, BatchEnd)},
+            "Own.provides has 'outputs' from LossBegin on, and Own.events lacks that event. Add it to events, or "
+            "define provides in Own with the events that its step fires.",
+        ),
+        (
+            {"events": BatchBegin},
+            "Own.events is <class 'flowtrain.callback.events.BatchBegin'>. It is a tuple of types of events, in the "
+            "order in which they are fired: events = (EpochBegin, BatchBegin, BatchEnd, EpochEnd).",
+        ),
+        (
+            {"events": (BatchBegin, "BatchEnd")},
+            "Own.events is (<class 'flowtrain.callback.events.BatchBegin'>, 'BatchEnd'). It is a tuple of types of "
+            "events, in the order in which they are fired: events = (EpochBegin, BatchBegin, BatchEnd, EpochEnd).",
+        ),
+        (
+            {"provides": {"inputs": "BatchBegin"}},
+            "Own.provides has 'BatchBegin' for 'inputs'. Write a type of events: BatchBegin.",
+        ),
+        (
+            {"provides": ("inputs",)},
+            "Own.provides is ('inputs',). It is a mapping from entries of the batch to types of events: "
+            'provides = {"inputs": BatchBegin}.',
+        ),
+    ],
+)
+def test_lists_of_a_phase_that_do_not_fit_are_refused_in_the_class(body: dict[str, Any], text: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        type("Own", (TrainingPhase,), body)
+    assert str(raised.value) == text
+
+
 # --- singletons
 
 

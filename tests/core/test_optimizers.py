@@ -26,7 +26,7 @@ from flowtrain import (
     param_groups,
 )
 from flowtrain.callbacks import Checkpointer, LearningRate, Scheduler, constant
-from flowtrain.core.optimizers import fused, make_optimizers, zeroing
+from flowtrain.core.optimizers import clip_gradients, fused, make_optimizers, zeroing
 from tests.support.accelerator import DEVICE, needs_accelerator
 from tests.support.models import Tempered
 from tests.support.untyped import untyped
@@ -170,6 +170,67 @@ def test_sparse_gradients_keep_the_optimizer_as_it_is(monkeypatch: pytest.Monkey
         assert make_optimizers(sgd, {"": model}, [])[""].defaults["fused"] is expected
     by_name = make_optimizers({"a": sgd}, {"a": dense}, [])
     assert by_name["a"].defaults["fused"] is True
+
+
+def sparse_and_dense() -> tuple[torch.Tensor, nn.Parameter]:
+    """Return two parameters with the gradients [4, 0, 0], sparse and with an index that is repeated, and [3, 0]."""
+    embedding, weight = nn.Embedding(3, 1, sparse=True), nn.Parameter(torch.ones(2))
+    embedding(torch.tensor([0, 0])).sum().mul(2).backward()
+    weight.grad = torch.tensor([3.0, 0.0])
+    return embedding.weight, weight
+
+
+def test_gradients_are_clipped_alike_if_some_are_sparse() -> None:
+    sparse, dense = sparse_and_dense()
+    assert sparse.grad is not None
+    assert sparse.grad.is_sparse
+    assert dense.grad is not None
+    norm = clip_gradients(untyped([sparse, dense]), 1.0, None, needs_norm=True)
+    assert norm is not None
+    assert norm.item() == 5
+    assert sparse.grad.is_sparse
+    torch.testing.assert_close(sparse.grad.to_dense().flatten(), torch.tensor([0.8, 0.0, 0.0]))
+    torch.testing.assert_close(dense.grad, torch.tensor([0.6, 0.0]))
+    sparse, dense = sparse_and_dense()
+    assert clip_gradients(untyped([sparse, dense]), None, 2.5, needs_norm=False) is None
+    assert sparse.grad is not None
+    assert dense.grad is not None
+    assert sparse.grad.to_dense().flatten().tolist() == [2.5, 0, 0]
+    assert dense.grad.tolist() == [2.5, 0]
+    assert clip_gradients([nn.Parameter(torch.ones(1))], None, 2.5, needs_norm=False) is None
+
+
+class Rows(nn.Module):
+    """An embedding whose gradients may be sparse."""
+
+    def __init__(self, *, sparse: bool) -> None:
+        super().__init__()
+        self.rows = nn.Embedding.from_pretrained(torch.arange(10.0)[:, None], freeze=False, sparse=sparse)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.rows(x)
+        return rows.squeeze(-1)
+
+
+@pytest.mark.parametrize("options", [{"clip_grad_norm": 1.0}, {"clip_grad_value": 0.5}, {"accumulate": 2}])
+def test_sparse_gradients_are_trained_as_dense_ones(options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    data = [(torch.randint(0, 10, (6,), generator=generator), torch.zeros(6)) for _ in range(5)]
+    trained = []
+    for sparse in (False, True):
+        model, core = Rows(sparse=sparse), TorchCore(device="cpu", **options)
+        Learner(model, mse_loss, data=data, optimizer=torch.optim.SGD, default_callbacks=False, core=core).fit(2)
+        trained.append(model.rows.weight.detach())
+    torch.testing.assert_close(trained[0], trained[1])
+    assert trained[0].flatten().tolist() != list(range(10))
+
+
+def test_a_dry_run_of_sparse_gradients() -> None:
+    data = [(torch.tensor([1, 1, 2]), torch.zeros(3))]
+    learner = Learner(
+        Rows(sparse=True), mse_loss, data=data, optimizer=torch.optim.SparseAdam, core=TorchCore(device="cpu")
+    )
+    assert len(learner.dry_run()) > 0
 
 
 @needs_accelerator

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -581,49 +580,7 @@ def test_single_steps_make_groups_too_and_an_epoch_begins_a_new_one() -> None:
 # --- devices
 
 
-# --- arguments that the core refuses
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"precision": "fp8"}, "precision='fp8' is unknown. It is one of: 'fp32', 'bf16', 'fp16'."),
-        ({"accumulate": 0}, "accumulate is a whole number, at least 1, got 0."),
-        ({"accumulate": 2.0}, "accumulate is a whole number, at least 1, got 2.0."),
-        ({"accumulate": True}, "accumulate is a whole number, at least 1, got True."),
-        ({"clip_grad_norm": 0.0}, "clip_grad_norm must be a positive number, or None for no clipping; got 0.0."),
-        ({"clip_grad_value": -1}, "clip_grad_value must be a positive number, or None for no clipping; got -1."),
-        ({"clip_grad_norm": math.nan}, "clip_grad_norm must be a positive number, or None for no clipping; got nan."),
-        ({"clip_grad_norm": "1"}, "clip_grad_norm must be a positive number, or None for no clipping; got '1'."),
-        ({"clip_grad_value": 0}, "clip_grad_value must be a positive number, or None for no clipping; got 0."),
-        ({"clip_grad_value": True}, "clip_grad_value must be a positive number, or None for no clipping; got True."),
-        ({"init_scale": -1}, "init_scale must be a positive number, such as 65536.0; got -1."),
-        ({"init_scale": 0.0}, "init_scale must be a positive number, such as 65536.0; got 0.0."),
-        ({"init_scale": None}, "init_scale must be a positive number, such as 65536.0; got None."),
-        (
-            {"compile": "eager"},
-            "compile is True, False, \"loss\" or a mapping of arguments for torch.compile; got 'eager'. To compile "
-            'model and loss as one with arguments write compile={"loss": True, "mode": ...}.',
-        ),
-        (
-            {"compile": {"mode": "reduce-overhead"}, "accumulate": 2},
-            "compile={'mode': 'reduce-overhead'} records CUDA graphs, which give the gradients of every batch in the "
-            "same memory, and accumulate=2 adds them up. Use compile=True, or a mode without CUDA graphs such as "
-            "'max-autotune-no-cudagraphs'.",
-        ),
-        ({"lag": -1}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got -1."),
-        ({"lag": True}, "lag, in batches, or None for the device's own, is a whole number, at least 0, got True."),
-        ({"check_params": "yes"}, "check_params is True or False; got 'yes'."),
-        ({"prefetch": "yes"}, "prefetch is True, False, None or a Transfer of your own; got 'yes'."),
-        ({"channels_last": None}, "channels_last is True or False; got None."),
-        ({"tf32": 1}, "tf32 is True, False or None; got 1."),
-        ({"ddp": 3}, "ddp is a mapping of arguments for DistributedDataParallel, got 3. Write ddp={'name': value}."),
-    ],
-)
-def test_values_that_mean_nothing(options: dict[str, Any], text: str) -> None:
-    with pytest.raises(CoreError) as raised:
-        TorchCore(**options)
-    assert str(raised.value) == text
+# --- a core and its learner
 
 
 def test_a_core_belongs_to_one_learner() -> None:
@@ -631,6 +588,16 @@ def test_a_core_belongs_to_one_learner() -> None:
     learner_of(Net(), core=core)
     with pytest.raises(CoreError, match=r"^TorchCore\(.* belongs to another learner\. Give each learner a core of its"):
         learner_of(Net(), core=core)
+
+
+def test_a_learner_that_is_refused_leaves_the_core_of_another_one_in_use() -> None:
+    core = cpu()
+    learner = learner_of(Net(), core=core)
+    with pytest.raises(CoreError, match="belongs to another learner"):
+        learner_of(Net(), core=core)
+    with pytest.raises(CoreError, match="belongs to another learner"):
+        learner_of(Net(), core=core)
+    learner.fit(1)
 
 
 def test_modes_are_those_of_the_phase_and_put_back() -> None:

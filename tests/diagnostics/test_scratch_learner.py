@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -12,16 +13,24 @@ import torch
 
 from flowtrain import (
     Access,
+    BatchEnd,
     Callback,
+    EpochEnd,
+    Event,
     Learner,
     LearnerView,
+    Phase,
+    Read,
+    TorchCore,
     TrainingPhase,
+    UpdateEnd,
     UsageError,
     Write,
     find_learning_rate,
+    on,
     seed_everything,
 )
-from flowtrain.callbacks import Metrics, MetricsPrinter, Recorder
+from flowtrain.callbacks import Checkpointer, Metrics, MetricsPrinter, Recorder, throttle
 from flowtrain.diagnostics.scratch_learner import copies, first_batches, same_rng
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 from tests.support.loaders import end_workers
@@ -172,3 +181,123 @@ def test_workers_that_stay_are_started_by_the_fit(call: str, capsys: pytest.Capt
 
     assert fit(CALLS[call]) == fit()
     capsys.readouterr()
+
+
+class Saves(Callback):
+    """Requests a checkpoint and writes the batch, so that also a sweep of learning rates runs a copy of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def state_access(self) -> Access:
+        return {"batch.mine": Write(), "batch.grad_norm": Read()}
+
+    @on(BatchEnd, TrainingPhase)
+    def save(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.batch.mine = learner.batch.grad_norm
+        learner.request_checkpoint(self.path)
+
+
+ALL_TRIALS: dict[str, Callable[[Learner, Callback], object]] = {
+    "dry_run": lambda learner, callback: learner.dry_run(),
+    "suggest_access": lambda learner, callback: learner.suggest_access(callback),
+    "audit_syncs": lambda learner, callback: learner.audit_syncs(),
+    "find_learning_rate": lambda learner, callback: find_learning_rate(learner, updates=4),
+}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("of", [Checkpointer, Saves])
+@pytest.mark.parametrize("trial", ALL_TRIALS)
+def test_no_file_of_a_finished_fit_changes(trial: str, of: type[Checkpointer | Saves], tmp_path: Path) -> None:
+    learner = tiny_learner(
+        Checkpointer(tmp_path / "kept", keep_top_k=1, every_steps=2), Saves(tmp_path / "own" / "a.ckpt"), n_batches=4
+    )
+    learner.fit(3)
+    # The unfinished file of another process, which a Checkpointer removes when a fit begins.
+    (tmp_path / "kept" / ".epoch-0009.ckpt.tmp").write_bytes(b"half")
+    before = content(tmp_path)
+    assert {"kept/best", "kept/latest", "kept/epoch-0003.ckpt", "own/a.ckpt"} <= before.keys()
+    subject = Checkpointer(tmp_path / "kept") if of is Checkpointer else Saves(tmp_path / "own" / "a.ckpt")
+    ALL_TRIALS[trial](learner, subject)
+    learner.flush()
+    assert content(tmp_path) == before
+    other = tiny_learner(Checkpointer(tmp_path / "kept"), Saves(tmp_path / "b.ckpt"), n_batches=4)
+    other.load(tmp_path / "kept")
+    assert other.cbstate.history[TrainingPhase].epochs == 3
+
+
+class OwnConstructor(Learner):
+    """A learner whose constructor takes other arguments, and which keeps the learners of its trial runs."""
+
+    def __init__(self, width: int, *callbacks: Callback) -> None:
+        loss = torch.nn.functional.mse_loss
+        model = torch.nn.Linear(1, width)
+        core = TorchCore(device="cpu")
+        super().__init__(model, loss, data=tiny_batches(2), callbacks=callbacks, default_callbacks="quiet", core=core)
+        self.made: list[Learner] = []
+
+    def __scratch__(self, model: Any, lossfn: Any, **parts: Any) -> Learner:
+        self.made.append(super().__scratch__(model, lossfn, **parts))
+        return self.made[-1]
+
+
+@pytest.mark.parametrize("trial", ALL_TRIALS)
+def test_a_subclass_may_have_a_constructor_of_its_own_and_the_trial_closes_its_learner(trial: str) -> None:
+    learner = OwnConstructor(1)
+    ALL_TRIALS[trial](learner, Recorder())
+    assert [type(each) for each in learner.made] == [Learner]
+    assert learner.made[0].closed
+
+
+class Fails(Callback):
+    def state_access(self) -> Access:
+        return {"batch.mine": Write()}
+
+    @on(BatchEnd, TrainingPhase)
+    def fail(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.batch.mine = 1
+        raise ValueError("on purpose")
+
+
+@pytest.mark.parametrize("trial", ALL_TRIALS)
+def test_the_learner_of_a_trial_that_fails_is_closed_too(trial: str) -> None:
+    learner = OwnConstructor(1, Fails())
+    if trial == "suggest_access":
+        ALL_TRIALS[trial](learner, Fails())
+    else:
+        with pytest.raises(ValueError, match="on purpose"):
+            ALL_TRIALS[trial](learner, Fails())
+    assert learner.made[0].closed
+
+
+class Waits(Callback):
+    def state_access(self) -> Access:
+        return {"batch.loss": Read()}
+
+    @on(EpochEnd, TrainingPhase)
+    def wait(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.batch.loss.item()
+
+
+class ReadsNorm(Callback):
+    def state_access(self) -> Access:
+        return {"batch.grad_norm": Read(), "batch.mine": Write()}
+
+    @on(UpdateEnd)
+    def read(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        learner.batch.mine = learner.batch.grad_norm
+
+
+@pytest.mark.parametrize("trial", ALL_TRIALS)
+def test_a_trial_computes_the_norm_of_the_gradients(trial: str) -> None:
+    ALL_TRIALS[trial](tiny_learner(ReadsNorm()), ReadsNorm())
+
+
+def test_throttled_callbacks_are_audited_too(capsys: pytest.CaptureFixture[str]) -> None:
+    learner = tiny_learner(throttle(Waits(), EpochEnd, every=100))
+    [sync] = learner.audit_syncs()
+    assert (sync.where, sync.operation) == ("Waits.wait", ".item()")

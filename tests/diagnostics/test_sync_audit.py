@@ -116,7 +116,7 @@ def test_the_default_callbacks_are_clean(capsys: pytest.CaptureFixture[str]) -> 
     assert not learner.audit_syncs()
     assert capsys.readouterr().out == (
         "Nothing makes the host wait for the device.\n"
-        "Not run: ProgressBar, MetricsPrinter, which print or write files.\n"
+        "Not run: ProgressBar, MetricsPrinter, which print, write files, or wait on purpose.\n"
     )
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
 
 from flowtrain import (
     BatchEnd,
+    Callback,
+    CallbackError,
     EpochEnd,
     Event,
     LearnerView,
@@ -17,9 +24,11 @@ from flowtrain import (
     callback_graph,
     on,
 )
+from flowtrain.callback.conditions import Every
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
+from flowtrain.testing import tiny_learner
 from tests.support.ordered import At
 
 W, R = Write(), Read()
@@ -62,3 +71,91 @@ def test_a_node_is_in_one_place() -> None:
     nodes: Sequence[Node] = Callbacks([one, other], LearnerState()).nodes
     assert [(node.callback, node.name, node.position) for node in nodes] == [(one, "At", 0), (other, "At#2", 1)]
     assert [node.union for node in nodes] == [((("batch", "loss"), R),), ((("cbstate", "x"), W),)]
+
+
+# --- attributes of callbacks
+
+
+class Plain(Callback):
+    """Has one handler."""
+
+    @on(EpochEnd)
+    def end(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None: ...
+
+
+def with_attribute(name: str, value: Any) -> Callback:
+    callback = Plain()
+    setattr(callback, name, value)
+    return callback
+
+
+class Titled(Plain):
+    @property
+    def name(self) -> str:  # type: ignore[override]  # what the test is about
+        return "Mine"
+
+
+class Untitled(Plain):
+    @property
+    def name(self) -> str:  # type: ignore[override]  # what the test is about
+        return ""
+
+
+@dataclass(frozen=True)
+class Frozen(Plain):
+    width: int = 1
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (
+            lambda: with_attribute("name", None),
+            "Plain.name is None. A name is a text, such as 'Printer', or '' for the name of the type.",
+        ),
+        (
+            lambda: with_attribute("name", 5),
+            "Plain.name is 5. A name is a text, such as 'Printer', or '' for the name of the type.",
+        ),
+        (
+            lambda: with_attribute("conditions", None),
+            "Plain.conditions is None. It is a tuple of conditions of flowtrain.callback.conditions, such as "
+            "(Every(BatchEnd, 10),).",
+        ),
+        (
+            lambda: with_attribute("conditions", Every(BatchEnd, 2)),
+            "Plain.conditions is <flowtrain.callback.conditions.Every object",
+        ),
+        (lambda: with_attribute("conditions", [print]), "Plain.conditions is [<built-in function print>]. It is a tup"),
+        (
+            Untitled,
+            "Untitled cannot be given its name, 'Untitled': property 'name' of 'Untitled' object has no setter. Let "
+            "the name be an attribute that can be assigned, in no frozen dataclass, or give the class a name of its "
+            "own.",
+        ),
+        (Frozen, "Frozen cannot be given its name, 'Frozen': cannot assign to field 'name'. Let the name"),
+    ],
+)
+def test_attributes_that_no_learner_can_use(make: Callable[[], Callback], text: str) -> None:
+    first = Plain()
+    with pytest.raises(CallbackError) as raised:
+        tiny_learner(first, make())
+    assert str(raised.value).startswith(text)
+    assert first.name == ""
+
+
+def test_a_name_that_is_right_already_is_not_assigned() -> None:
+    assert [each.name for each in tiny_learner(Titled(), default_callbacks=False).callbacks] == ["Mine"]
+
+
+@dataclass
+class Compared(Plain):
+    weights: torch.Tensor
+
+
+def test_callbacks_are_compared_by_identity() -> None:
+    """The comparison of two dataclasses with tensors would raise."""
+    one, other = Compared(torch.zeros(2)), Compared(torch.zeros(2))
+    assert len(tiny_learner(one, other).audit_syncs()) == 0
+    with pytest.raises(CallbackError, match=r"is in the list twice, at 1 and 2\. Make two instances"):
+        tiny_learner(Compared(torch.zeros(2)), other := Compared(torch.zeros(2)), other)

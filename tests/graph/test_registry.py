@@ -672,7 +672,7 @@ def test_names_stay_when_the_list_changes() -> None:
             "<built-in function print> is no callback. Subclass flowtrain.Callback, or wrap a function: "
             "CustomCallback(f, EpochEnd, TrainingPhase).",
         ),
-        (lambda: [Named()] * 2, "<Named> is in the list twice. Make two instances if you want two."),
+        (lambda: [Named()] * 2, "<Named> is in the list twice, at 0 and 1. Make two instances if you want two."),
     ],
 )
 def test_what_is_no_list_of_callbacks(make: Callable[[], list[Any]], message: str) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, OrderedDict, UserDict, defaultdict
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -242,3 +244,76 @@ def test_an_entry_comes_back_in_the_type_that_setup_made_it_in(setup: Any, train
         assert found["new"] == found.default_factory()  # type: ignore[misc]  # those here have one
     if isinstance(found, dict) and "seen" in found:
         assert found["seen"]["new"] == []
+
+
+class Sub(torch.Tensor):
+    """A subclass whose elements are in its own memory, as the classes of torchvision, MONAI and fastai."""
+
+
+class Computes(torch.Tensor):
+    """A subclass that computes its elements."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]  # torch documents a class method
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_tensor_of_a_subclass_is_stored_as_a_plain_one(tmp_path: Path) -> None:
+    value = torch.arange(2.0).as_subclass(Sub)
+    copied = Packer().copy({"x": value, "same": value}, "Mine.state_dict()")
+    torch.save(copied, tmp_path / "file")
+    again = torch.load(tmp_path / "file", weights_only=True)
+    assert [type(each) for each in again.values()] == [torch.Tensor, torch.Tensor]
+    assert again["x"].tolist() == [0, 1]
+    assert copied["x"] is copied["same"]
+
+
+def test_an_entry_of_a_subclass_comes_back_in_its_class() -> None:
+    state = State("cbstate")
+    state.kept = torch.zeros(2).as_subclass(Sub)
+    state.plain = torch.zeros(2)
+    state.__fill__({name: {"value": torch.ones(2)} for name in ("kept", "plain")}, PHASES)
+    assert (type(state.kept), type(state.plain)) == (Sub, torch.Tensor)
+    assert state.kept.tolist() == state.plain.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (
+            torch.empty(2, device="meta"),
+            "['x'] is a Tensor on the device 'meta', without values. Give it values first: "
+            "module.to_empty(device='cpu').",
+        ),
+        (
+            torch.zeros(2).as_subclass(Computes),
+            "['x'] is a Computes, which torch.load(weights_only=True) cannot read. Return plain tensors that it can be "
+            "made from.",
+        ),
+    ],
+)
+def test_tensors_that_a_file_could_not_give_back_are_refused(value: torch.Tensor, text: str) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        Packer().copy({"x": value}, "Mine.state_dict()")
+    assert str(raised.value) == f"Mine.state_dict() cannot be in a checkpoint: {text}"
+
+
+@pytest.mark.parametrize("kind", [np.longdouble, np.clongdouble, np.datetime64])
+def test_a_number_of_numpy_without_a_plain_value_is_refused(kind: Any) -> None:
+    value = kind("2020-01-01") if kind is np.datetime64 else kind(1)
+    with pytest.raises(CheckpointError, match=r"^Mine\.state_dict\(\) cannot be in a checkpoint: \['x'\] is "):
+        Packer().copy({"x": value}, "Mine.state_dict()")
+
+
+def test_of_two_classes_of_one_name_the_newer_one_is_meant() -> None:
+    kinds = []
+    for _ in range(2):
+
+        class Renamed(ValidationPhase):
+            """Defined twice, as by a cell of a notebook."""
+
+        kinds.append(Renamed)
+    assert type(phase_of("Renamed", {})) is kinds[1]
+    assert phase_of("Renamed", {"Renamed": kinds[0]()}) is kinds[0]()

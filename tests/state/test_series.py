@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flowtrain.errors import ProtectedException
+from flowtrain.errors import ProtectedException, UsageError
 from flowtrain.state.encoding import Packer
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
@@ -348,3 +348,16 @@ def test_copies_and_pickles_have_no_packed_memory() -> None:
     copied = copy.deepcopy(series)
     copied.push(1.0, 1000)
     assert (len(packed(copied)[0]), len(packed(series)[0])) == (1001, 1000)
+
+
+@pytest.mark.parametrize("step", [0.5, None, "a", True, np.int64(-1), torch.tensor(1)])
+def test_a_step_that_no_checkpoint_can_hold_is_refused_at_once(step: Any) -> None:
+    series = SeriesMap("cbstate.tracehistory")
+    with pytest.raises(UsageError) as raised:
+        series.push("Mine", 1.0, step)
+    assert str(raised.value) == (
+        f"cbstate.tracehistory.Mine: the step of push() is a whole number, at least 0, got {step!r}."
+    )
+    series.push("Mine", 1.0, untyped(np.int64(3)))
+    assert list(series["Mine"]) == [(3, 1.0)]
+    assert type(series["Mine"].steps[0]) is int

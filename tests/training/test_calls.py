@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from flowtrain import (
     AbstractValidationPhase,
     BatchBegin,
     Callback,
+    CancelBatchException,
     CancelEpochException,
     CancelFittingException,
     CoreError,
@@ -33,9 +35,11 @@ from flowtrain import (
     ValidationPhase,
     on,
 )
-from flowtrain.callbacks import EMA, Metric, Metrics
+from flowtrain.callbacks import EMA, Checkpointer, Metric, Metrics
+from flowtrain.errors import merge
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import TinyModel, tiny_batches, tiny_learner
+from flowtrain.training.calls import without_frames
 from tests.support.fired import OODPhase, Raise, Watch
 from tests.support.loaders import end_workers
 
@@ -498,3 +502,111 @@ class Frozen(TinyModel):
     def __init__(self) -> None:
         super().__init__()
         self.requires_grad_(False)
+
+
+# --- a phase that is defined again
+
+
+def held(name: str = "Held", module: str = "__main__") -> type[ValidationPhase]:
+    """Return a new class, as a cell of a notebook makes one whenever it runs."""
+    return type(name, (ValidationPhase,), {"__module__": module})
+
+
+def counted(learner: Learner) -> list[tuple[str, int, int]]:
+    """Return the phases of the recorded metrics, the number of their values, and the number of their epochs."""
+    recorded = learner.cbstate.metrics_epoch
+    return [(repr(each), len(recorded[each]["Loss"]), learner.cbstate.history[each].epochs) for each in recorded]
+
+
+def test_a_class_that_is_defined_again_is_the_same_phase(tmp_path: Path) -> None:
+    learner = tiny_learner(Checkpointer(tmp_path), n_batches=2)
+    for _ in range(3):
+        learner.evaluate(tiny_batches(n_batches=2), held())
+    learner.fit(1)
+    expected = [("Held", 3, 3), ("TrainingPhase", 1, 1), ("ValidationPhase", 1, 1)]
+    assert counted(learner) == expected
+    newest = held()
+    other = tiny_learner(Checkpointer(tmp_path), n_batches=2)
+    other.load(tmp_path)
+    assert counted(other) == expected
+    other.evaluate(tiny_batches(n_batches=2), newest)
+    assert counted(other) == [("Held", 4, 4), *expected[1:]]
+    assert newest in other.cbstate.metrics_epoch
+    assert len(other.history[newest]["Loss"]) == 4
+
+
+def test_a_phase_of_the_data_that_is_defined_again_takes_over_its_loader() -> None:
+    old, new = held(), held()
+    learner = tiny_learner(
+        data={
+            TrainingPhase: tiny_batches(n_batches=2),
+            old: tiny_batches(n_batches=2),
+            ValidationPhase: tiny_batches(n_batches=2),
+        }
+    )
+    learner.fit(1)
+    assert learner.evaluate(phase=new)["Loss"] > 0
+    assert [type(each) for each in learner.data] == [TrainingPhase, new, ValidationPhase]
+    learner.fit(1)
+    assert counted(learner) == [("TrainingPhase", 2, 2), ("Held", 3, 3), ("ValidationPhase", 2, 2)]
+
+
+@pytest.mark.parametrize("call", ["evaluate", "epoch", "step", "fit"])
+def test_another_class_of_the_same_name_is_refused(call: str) -> None:
+    one, other = held(module="one"), held(module="other")
+    learner = tiny_learner(data={TrainingPhase: tiny_batches(n_batches=2), one: tiny_batches(n_batches=2)})
+    [batch] = tiny_batches(n_batches=1)
+    calls: dict[str, Callable[[], object]] = {
+        "evaluate": lambda: learner.evaluate([batch], other),
+        "epoch": lambda: learner.epoch(other, [batch]),
+        "step": lambda: learner.step(other, batch),
+        "fit": lambda: learner.fit(1, data={TrainingPhase: [batch], other: [batch]}),
+    }
+    with pytest.raises(DataError) as raised:
+        calls[call]()
+    assert str(raised.value) == (
+        "The learner has run or would run two phases with the name Held, one.Held and other.Held. Logs, checkpoints "
+        "and conditions know a phase by its name. Give one of them another name."
+    )
+    learner.fit(1)
+    assert counted(learner) == [("TrainingPhase", 1, 1), ("Held", 1, 1)]
+
+
+# --- the exception that a closed learner keeps
+
+
+class OwnNew(Exception):
+    """An exception whose class takes other arguments than those in ``args``."""
+
+    def __new__(cls, *, code: int) -> OwnNew:
+        return super().__new__(cls)
+
+    def __init__(self, *, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+def test_a_copy_without_frames_keeps_type_text_and_notes() -> None:
+    failure = merge([ValueError("broken"), CancelBatchException("skip")])
+    bare = without_frames(failure)
+    assert (type(bare), str(bare)) == (ValueError, "broken")
+    assert bare.__notes__ == ["also raised: CancelBatchException: skip"]
+    assert [type(each) for each in vars(bare)["others"]] == [CancelBatchException]
+
+
+@pytest.mark.parametrize(
+    ("failure", "text"),
+    [
+        (OwnNew(code=3), "OwnNew: code 3"),
+        (
+            UnicodeDecodeError("utf8", b"\xff", 0, 1, "bad byte"),
+            "UnicodeDecodeError: 'utf8' codec can't decode byte 0xff in position 0: bad byte",
+        ),
+    ],
+)
+def test_an_exception_that_cannot_be_made_again_keeps_its_text(failure: Exception, text: str) -> None:
+    failure.add_note("a note")
+    bare = without_frames(failure)
+    assert (type(bare), str(bare)) == (RuntimeError, text)
+    assert bare.__notes__ == ["a note"]
+    assert bare.__traceback__ is None

@@ -116,7 +116,7 @@ def _gather(state: LearnerState, core: TorchCore, changes: Changes, packer: Pack
         "core": packer.copy(core.state_dict(), "core"),
         "updates": state.updates,
         "group": _group(core, packer),
-        "cbstate": {name: packer.pack(getattr(state.cbstate, name), f"cbstate.{name}") for name in state.cbstate},
+        "cbstate": state.cbstate.__packed__(packer, "cbstate"),
         "callbacks": {callback.name: _callback(callback, packer) for callback in state.callbacks},
     }
 
@@ -356,6 +356,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
             if unsent is None or not unsent.put(param, gradient):
                 param.grad = None if gradient is None else gradient.to(param.device, copy=True)
     phases: dict[str, Phase] = {repr(phase): phase for phase in state.data}
+    state.cbstate.__saved__.clear()
     for name in [name for name in state.cbstate if name not in contents["cbstate"]]:
         if not _is_written(state, name):
             delattr(state.cbstate, name)

@@ -16,9 +16,11 @@ import torch.nn.functional as F
 
 from flowtrain import (
     Access,
+    BatchEnd,
     Callback,
     CheckpointError,
     EpochEnd,
+    FitBegin,
     Learner,
     LearnerView,
     Phase,
@@ -509,3 +511,88 @@ def test_the_first_format_is_resumed(tmp_path: Path, executor: str) -> None:
     if torch.__version__.startswith("2.13."):  # which wrote the data; dropout of torch 2.6 draws other numbers
         assert {name: weights[name] for name in WEIGHTS} == pytest.approx(WEIGHTS, rel=1e-4)
         assert logged == pytest.approx(expected, rel=1e-4)
+
+
+# --- an object that a handler makes
+
+
+class Counter:
+    """An object with a state."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"number": self.number}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.number = state["number"]
+
+
+class MakesLate(Callback):
+    """Makes its entry when a fit begins, if it is not there yet, and counts batches with it."""
+
+    def state_access(self) -> Access:
+        return {"cbstate.counter": Write()}
+
+    @on(FitBegin)
+    def make(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
+        if "counter" not in learner.cbstate:
+            learner.cbstate.counter = Counter()
+
+    @on(BatchEnd, TrainingPhase)
+    def count(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.cbstate.counter.number += 1
+
+
+def test_an_object_that_a_handler_makes_gets_its_state_when_it_is_made(tmp_path: Path) -> None:
+    tiny_learner(MakesLate(), Checkpointer(tmp_path), n_batches=2).fit(1)
+    resumed = tiny_learner(MakesLate(), Checkpointer(tmp_path), n_batches=2)
+    resumed.fit(3, resume=tmp_path)
+    assert resumed.cbstate.counter.number == 6
+    # A learner without the callback keeps the state for those that have it.
+    without = tiny_learner(Checkpointer(tmp_path), n_batches=2)
+    without.fit(4, resume=tmp_path)
+    assert "counter" not in without.cbstate
+    again = tiny_learner(MakesLate(), Checkpointer(tmp_path), n_batches=2)
+    again.fit(5, resume=tmp_path)
+    assert again.cbstate.counter.number == 8
+
+
+def test_a_state_that_waits_goes_to_no_other_value(tmp_path: Path) -> None:
+    tiny_learner(MakesLate(), Checkpointer(tmp_path), n_batches=2).fit(1)
+    learner = tiny_learner(n_batches=2)
+    learner.load(tmp_path)
+    learner.cbstate.counter = None  # a place for the object, which gets the state
+    learner.cbstate.counter = Counter()
+    assert learner.cbstate.counter.number == 2
+    learner.load(tmp_path)
+    assert learner.cbstate.counter.number == 2
+    other = tiny_learner(n_batches=2)
+    other.load(tmp_path)
+    other.cbstate.counter = 5  # another value, with which the state is forgotten
+    other.cbstate.counter = Counter()
+    assert other.cbstate.counter.number == 0
+
+
+def test_entries_of_two_kinds_are_named(tmp_path: Path) -> None:
+    class Plain(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.counter": Write()}
+
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.counter = 3
+
+    class Object(Plain):
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.counter = Counter()
+
+    tiny_learner(Plain(), Checkpointer(tmp_path), n_batches=2).fit(1)
+    learner = tiny_learner(Object(), n_batches=2)
+    with pytest.raises(CheckpointError) as raised:
+        learner.load(tmp_path)
+    assert str(raised.value).endswith(
+        "cbstate.counter is a Counter in this learner, and in the checkpoint it is of the kind 'value'. Load the "
+        "checkpoint with the callbacks that it was written with, or give the entry another name."
+    )
+    assert learner.cbstate.counter.number == 0
