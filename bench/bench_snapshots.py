@@ -122,7 +122,7 @@ def taken(learner: Learner) -> Callable[[], None]:
 
     def take() -> None:
         """Copy the state as when the checkpoint before has been written."""
-        buffers.begin(written=True)
+        buffers.begin()
         gather(loop.state, loop.core, changes, Packer([], buffers))
 
     return take

@@ -45,14 +45,10 @@ class Buffers:
         self._free: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._used: list[torch.Tensor] = []
 
-    def begin(self, *, written: bool) -> None:
-        """Begin a checkpoint.
-
-        Args:
-            written: Whether the checkpoint before has been written. Otherwise its memory is left to the writer.
-        """
+    def begin(self) -> None:
+        """Begin a checkpoint. The one before has been written."""
         self._free = {}
-        for buffer in self._used if written else ():
+        for buffer in self._used:
             self._free.setdefault((buffer.shape, buffer.dtype), []).append(buffer)
         self._used = []
 

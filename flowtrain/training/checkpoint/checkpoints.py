@@ -209,7 +209,8 @@ class Checkpoints:
 
     def _gather(self, judged: bool) -> dict[str, Any]:
         packer = Packer()
-        self._buffers.begin(written=self.writer.idle)
+        self.writer.wait()  # memory holds one copy of the state, and the writer may still read it
+        self._buffers.begin()
         lanes: Any = None
         if self._resumable is not None:
             lanes = packer.copy(self._resumable.state_dict(), f"the executor {self._executor.name!r}")

@@ -134,11 +134,6 @@ class Writer:
         self._thread = threading.Thread(target=job, name="flowtrain-checkpoint")
         self._thread.start()
 
-    @property
-    def idle(self) -> bool:
-        """Whether the last checkpoint is written, or could not be."""
-        return self._thread is None or not self._thread.is_alive()
-
     def wait(self) -> None:
         """Wait until the last checkpoint is written.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flowtrain import (
     BatchEnd,
+    Callback,
     CancelFittingException,
     Learner,
+    LearnerView,
+    Read,
     TrainingPhase,
+    on,
 )
 from flowtrain.callbacks import (
     Checkpointer,
@@ -32,6 +37,7 @@ from flowtrain.callbacks import (
 from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.testing import tiny_learner
+from flowtrain.training.checkpoint.reading import read
 from flowtrain_dask import DaskExecutor
 from tests.support.logs import log_records
 
@@ -165,6 +171,36 @@ def test_checkpoints_of_a_short_history_stay_small(tmp_path: Path) -> None:
 
     assert size(100, 4) - size(100, 1) < 500
     assert size(None, 4) - size(None, 1) > 1200 * 16
+
+
+def test_the_next_checkpoint_is_copied_when_the_one_before_is_written(tmp_path: Path) -> None:
+    """It is copied into the same memory; each file has the state of its own moment."""
+
+    class Asks(Callback):
+        may_checkpoint = True
+        seen: list[torch.Tensor] = []  # noqa: RUF012  # of this test alone
+
+        @on(BatchEnd, TrainingPhase, access={"params": Read()})
+        def ask(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            self.seen.append(learner.params["0.weight"].detach().clone())
+            learner.request_checkpoint(tmp_path / f"{len(self.seen)}.ckpt")
+
+    points: list[str] = []
+    model = torch.nn.Sequential(torch.nn.Linear(1, 20_000), torch.nn.Linear(20_000, 1))
+    learner = tiny_learner(Asks(), model=model, n_batches=4, optimizer=partial(torch.optim.SGD, lr=1e-5))
+    inside: Any = learner.loop.checkpoints
+    gather = inside._buffers.begin
+
+    def begun() -> None:
+        points.append("copy")
+        gather()
+
+    inside._buffers.begin, inside.writer.reached = begun, points.append
+    learner.fit(1)
+    assert [point for point in points if point in ("copy", "removed")] == ["copy", "removed"] * 4
+    assert len(Asks.seen) == 4
+    for number, weight in enumerate(Asks.seen, start=1):
+        assert torch.equal(read(tmp_path / f"{number}.ckpt")["model"][""]["0.weight"], weight)
 
 
 def test_the_memory_of_a_load_is_the_checkpoint_and_one_copy_of_the_state(tmp_path: Path) -> None:
