@@ -147,6 +147,7 @@ from flowtrain.graph.serial import SerialExecutor
 from flowtrain.learner import Learner
 from flowtrain.logging import backend as _backend
 from flowtrain.state import hyperparameters as _hyperparameters
+from flowtrain.state.by_phase import epoch_of
 from flowtrain.state.random_numbers import seed_everything
 from flowtrain.training.checkpoint.reading import load_weights
 
@@ -215,6 +216,7 @@ __all__ = [
     "Write",
     "WriteConflictError",
     "callback_graph",
+    "epoch_of",
     "find_learning_rate",
     "full_state_dict",
     "load_weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import flowtrain.callbacks
 from flowtrain import Callback
 
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
 SCRIPT = Path(__file__).parents[1] / "docs" / "reference.py"
 
 
@@ -36,6 +38,13 @@ def test_every_bundled_callback_has_a_row_and_a_section(reference: Any) -> None:
         if isinstance(value, type) and issubclass(value, Callback):
             assert f"| [`{name}`](#{name.lower()}) | " in text
             assert f"\n## {name}\n" in text
+
+
+def test_code_is_in_fences_and_nothing_else_is(reference: Any) -> None:
+    """A section of a docstring that follows its examples would be taken for their output."""
+    fences = re.findall(r"^~~~pycon\n(.*?)^~~~$", reference.page(), re.MULTILINE | re.DOTALL)
+    assert fences
+    assert not [line for fence in fences for line in fence.splitlines() if line.strip() in SECTIONS]
 
 
 def test_a_row_says_what_the_callback_declares(reference: Any) -> None:

@@ -23,7 +23,7 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import generator_kept, say
 from flowtrain.data.nested import Attribute, items
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError, is_a, switch, whole_number
 from flowtrain.state.shards import is_sharded
 
 __all__ = [
@@ -110,6 +110,11 @@ def _call(model: torch.nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
+def _call_unpacked(model: torch.nn.Module, inputs: Any) -> Any:
+    """Call a model with several arguments, as a phase with ``unpack = True`` does."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
 if TYPE_CHECKING:
     from rich.console import Group
 
@@ -193,7 +198,7 @@ class Summary:
         return "\n".join(line.rstrip() for line in output.getvalue().splitlines()).strip("\n")
 
 
-def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Summary:
+def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2, *, unpack: bool = False) -> Summary:
     """Return the layers of a model. Neither the model nor the generators of random numbers change.
 
     With inputs, a copy of the model that shares its parameters runs once, in eval mode and without gradients.
@@ -202,9 +207,12 @@ def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Sum
         model: A module.
         inputs: The inputs to call the model with, for the shapes of outputs; they are moved to the device of the model.
         depth: The depth of the table: 1 for the modules of the model, 2 for the modules in these too.
+        unpack: Whether the model has several inputs, so that the items of a tuple, a list or a mapping are its
+            arguments, as in a phase with ``unpack = True``.
 
     Raises:
-        UsageError: `model` is no module, or `depth` is no whole number or negative.
+        UsageError: `model` is no module, `depth` is no whole number or negative, or `unpack` is not ``True`` or
+            ``False``.
 
     >>> print(summarize(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), torch.zeros(8, 3)))
      Layer     Type         Output shape   Parameters   Trainable
@@ -217,7 +225,8 @@ def summarize(model: torch.nn.Module, inputs: Any = None, depth: int = 2) -> Sum
     """
     if not is_a(model, torch.nn.Module):
         raise UsageError(f"summarize({model!r}) takes a module. Write summarize(learner.model).")
-    return _summarize(model, inputs, whole_number("summarize(): depth", depth, least=0), _call)
+    call = _call_unpacked if switch("summarize", "unpack", unpack) else _call
+    return _summarize(model, inputs, whole_number("summarize(): depth", depth, least=0), call)
 
 
 def _summarize(model: torch.nn.Module, inputs: Any, depth: int, call: Callable[..., Any]) -> Summary:

@@ -32,18 +32,18 @@ class Recorder(Callback):
     Writes ``cbstate.history``, so callbacks that read it run after this one. Reads no other state, and runs after no
     other callback. Costs a few additions for each batch.
 
+    Attributes:
+        ends: For each phase by name, a tuple for the end of each epoch, in order: the number that the epoch has in
+            ``cbstate.metrics_epoch``, the complete batches of this phase, and the complete batches and the updates of
+            all training phases together. Plots use it to draw values of epochs and of batches on one axis, and
+            `History` to say after which update an epoch ended.
+
     >>> from flowtrain import TrainingPhase
     >>> from flowtrain.testing import tiny_learner
     >>> learner = tiny_learner(Recorder(), n_batches=4)
     >>> history = learner.fit(2)
     >>> learner.cbstate.history[TrainingPhase]
     Counts(epochs=2, steps=8, steps_epoch=4, updates=8)
-
-    Attributes:
-        ends: For each phase by name, a tuple for the end of each epoch, in order: the number that the epoch has in
-            ``cbstate.metrics_epoch``, the complete batches of this phase, and the complete batches and the updates of
-            all training phases together. Plots use it to draw values of epochs and of batches on one axis, and
-            `History` to say after which update an epoch ended.
     """
 
     def __init__(self) -> None:

@@ -2,7 +2,7 @@
 
 =============================================  =====================================================================
 ``throttle(callback, BatchEnd, every=10)``     at the 10th, 20th, ... event
-``throttle(callback, BatchEnd, seconds=60)``   at the first event after a minute has passed since the last handled one
+``throttle(callback, BatchEnd, seconds=60)``   at the first event, then when a minute has passed since the last one
 ``once(callback, BatchEnd)``                   at the first event
 ``after(callback, BatchEnd, 100)``             from the 101st event on
 ``before(callback, BatchEnd, 100)``            up to the 99th event

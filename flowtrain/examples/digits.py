@@ -160,7 +160,7 @@ def make_learner(best: BestEpoch, options: argparse.Namespace) -> Learner:
     callbacks: list[Callback] = [
         Metrics(accuracy),
         Scheduler({LearningRate: one_cycle(rate)}),
-        EarlyStopping(patience=5, monitor="Accuracy", mode="max"),
+        EarlyStopping(patience=5, monitor="Accuracy"),
         best,
     ]
     if options.log is not None:
@@ -193,7 +193,7 @@ def _watching(folder: Path, settings: Mapping[str, Any]) -> list[Callback]:
         LogHyperParams(board, lines, settings=settings),
         LogHistograms(board, lines, every=20, gradients=True),
         LogVisualization(misclassified, board, lines, every=1, access=reads, phase_type=ValidationPhase),
-        Checkpointer(_checkpoints(folder), keep_top_k=2, monitor="Accuracy", mode="max"),
+        Checkpointer(_checkpoints(folder), keep_top_k=2, monitor="Accuracy"),
     ]
 
 

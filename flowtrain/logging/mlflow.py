@@ -52,8 +52,9 @@ _PATIENCE = 5.0  # the seconds after which a metric is sent, when the next one i
 class MLflowBackend(LoggerBackend):
     """Log to MLflow (https://mlflow.org/docs/latest/ml/tracking/). Needs ``flowtrain[mlflow]``.
 
-    The key of a metric is the group and the name: ``Step/TrainingPhase/Loss``. Metrics are sent in batches, when
-    500 are waiting and at every `flush`. An image, a text, a figure or a file is an artifact of that path.
+    The key of a metric is the group and the name: ``Step/TrainingPhase/Loss``. Metrics are sent in batches: when
+    500 are waiting, when one is written five seconds after the oldest, and at every `flush`. An image, a text, a
+    figure or a file is an artifact of that path.
 
     A key of MLflow has letters, digits and ``_-.: /``, and at most 250 characters. Other names are changed: ``mAP@50``
     is logged as ``mAP_50``, or as ``mAP_50_2`` if ``mAP_50`` was logged before. See `flowtrain.logging.names`.

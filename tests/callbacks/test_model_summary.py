@@ -19,6 +19,7 @@ from flowtrain.graph.executor import Executor
 from flowtrain.learner import Learner
 from flowtrain.testing import TinyModel, assert_equivalent, tiny_batches, tiny_learner
 from tests.support.console import printed
+from tests.support.untyped import untyped
 
 
 @pytest.fixture
@@ -176,3 +177,23 @@ def test_a_forward_pass_that_fails_says_so_below_the_table() -> None:
 def test_bad_input(model: Any, depth: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         summarize(model, depth=depth)
+
+
+@pytest.mark.parametrize(
+    "inputs", [(torch.zeros(4, 3), torch.zeros(4, 2)), {"b": torch.zeros(4, 2), "a": torch.zeros(4, 3)}]
+)
+def test_a_model_of_several_inputs(inputs: Any) -> None:
+    class Both(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = torch.nn.Linear(3, 5), torch.nn.Linear(2, 5)
+
+        def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self.one(a) + self.other(b)
+            return found
+
+    shapes = [layer.shape for layer in summarize(Both(), inputs, unpack=True).layers]
+    assert shapes == ["(4, 5)"] * 3
+    assert summarize(Both(), inputs).layers[0].shape == ""
+    with pytest.raises(UsageError, match=r"^summarize\(unpack='yes'\): unpack is True or False\.$"):
+        summarize(Both(), inputs, unpack=untyped("yes"))

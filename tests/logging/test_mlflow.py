@@ -114,6 +114,17 @@ def test_a_run_that_goes_back_is_a_new_one_that_names_the_old(tmp_path: Path) ->
     assert (found[old].info.status, found[old].data.metrics) == ("KILLED", {"Step/TrainingPhase/Loss": 2.0})
 
 
+def test_old_metrics_are_sent_with_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that logs only epochs has its values in MLflow before it ends."""
+    monkeypatch.setattr("flowtrain.logging.mlflow._PATIENCE", 0.0)
+    backend = make(tmp_path)
+    backend.open(Run("r"))
+    for step in (1, 2):
+        backend.write(backend.encode(Value(step / 2), "Loss", step, STEP))
+    assert runs(tmp_path)[0].data.metrics == {"Step/TrainingPhase/Loss": 1.0}
+    backend.close()
+
+
 def test_what_mlflow_refuses_is_a_logging_error(tmp_path: Path) -> None:
     backend = make(tmp_path)
     backend.open(Run("r"))
