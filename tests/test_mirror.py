@@ -85,6 +85,7 @@ OTHERS = {
     "executors/test_deferred_properties": "deferred callbacks compared with the serial result, on random examples",
     "executors/test_deferred_values": "the values that deferred callbacks see",
     "executors/test_drawing": "deferred callbacks that draw random numbers",
+    "executors/test_timelines": "timelines of callbacks in lanes, on threads and on a cluster",
     "executors/test_properties": "the parallel executor compared with the serial one, on random examples",
     "ranks/test_checkpoints": "checkpoints of several ranks, in real processes",
     "ranks/test_collectives": "the number of messages between ranks in a batch",

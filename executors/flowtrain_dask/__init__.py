@@ -18,7 +18,7 @@ Each of the five folders imports only from those before it:
 - `deferred`: the decision which callbacks are deferred, their lanes, and how lanes end.
 
 `executor`, beside them, has the class that a learner uses. It chooses how each plan is run, and `route` holds the
-choice and says why.
+choice and says why. `what_if` estimates what it would save.
 """
 
 from flowtrain_dask.executor import DaskExecutor

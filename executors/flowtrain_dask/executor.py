@@ -22,6 +22,7 @@ from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.serial import SerialExecutor
+from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks
 from flowtrain_dask.deferred.in_place import ConsumersOnly
@@ -38,6 +39,7 @@ from flowtrain_dask.parallel.task_graph import EventGraph, compile_plan
 from flowtrain_dask.parallel.threads import cores
 from flowtrain_dask.route import Parallel, Route, assign_strands, key_of, why_serial
 from flowtrain_dask.snapshots.taker import forgetting_copies
+from flowtrain_dask.what_if import estimate
 
 __all__ = ["DaskExecutor"]
 
@@ -189,6 +191,24 @@ class DaskExecutor:
         deferred = self._deferred.explain(plan)
         return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
 
+    def what_if(self) -> WhatIf:
+        """Return what this executor can save, estimated from the times of the last fit with a timeline.
+
+        Raises:
+            ExecutorError: The executor has no learner, or is closed.
+            UsageError: No fit of these callbacks has had a timeline.
+        """
+        self._check_open()
+        if self._site is None:
+            raise ExecutorError("This DaskExecutor has no learner yet. Write learner.executor.what_if().")
+        return estimate(self._site, self.workers)
+
+    def costs(self, plan: Plan) -> dict[int, float]:
+        """Return the seconds that handlers of a plan cost the event, by position, as far as they were measured."""
+        route = self._routes.get((plan.event_type, plan.phase_type))
+        inline = route.decision.costs if route is not None and route.is_of(plan) and route.decision is not None else ()
+        return {**dict(enumerate(inline)), **self._deferred.costs(plan)}
+
     def report(self) -> Report:
         """Return the counts of each lane: its events, those that wait, and how long training waited for room in it."""
         return self._deferred.report()
@@ -210,7 +230,7 @@ class DaskExecutor:
     def _explain(self, plan: Plan) -> str:
         # `explain` may be asked of a plan that was never fired, and so has no route.
         route = self._routes.get((plan.event_type, plan.phase_type))
-        if route is None or route.original is not plan:
+        if route is None or not route.is_of(plan):
             why = why_serial(plan, needs_training_thread(plan), self.workers, self.parallel)
             return f"inline: {why}" if why else f"parallel={self.parallel!r}: not fired yet"
         return route.explain()

@@ -45,6 +45,11 @@ class Route:
     shared: CopiesOfFiring | None = None
     settled: bool = True
 
+    def is_of(self, plan: Plan) -> bool:
+        """Return whether this is the route of a plan, or of one that differs only in whether its calls are timed."""
+        handlers = () if self.original is None else self.original.handlers
+        return [(each.node, each.handler) for each in handlers] == [(each.node, each.handler) for each in plan.handlers]
+
     def explain(self) -> str:
         """Say in one line whether the plan runs inline or in parallel, on which strands, and why."""
         made = self.decision

@@ -164,7 +164,7 @@ class TraceWriter:
     def _begin_line(self, track: int | Track) -> Iterator[dict[str, Any]]:
         """Give a track its numbers, and yield the trace events that name it."""
         if isinstance(track, Track):
-            pid = self._processes.get(track.process)
+            pid = self._processes.get(track.process) if track.process else self._pid
             if pid is None:
                 pid = self._pid * _FIRST_WORKER + len(self._processes)
                 self._processes[track.process] = pid

@@ -69,7 +69,7 @@ class Track:
     """A line of the timeline that is no thread of this process.
 
     Attributes:
-        process: The process, as ``"worker tcp://10.0.0.7:41873"``.
+        process: The process, as ``"worker tcp://10.0.0.7:41873"``; empty for this one.
         thread: The line within the process, as the name of a lane.
     """
 

@@ -15,8 +15,8 @@ from flowtrain.callback.access import Declaration
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event
-from flowtrain.callback.handler import Handler
-from flowtrain.callback.phases import Phase
+from flowtrain.callback.handler import Handler, is_bundled_event
+from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.errors import CallbackError, is_a, is_type
 from flowtrain.logging.backend import LoggerBackend
 
@@ -25,7 +25,17 @@ if TYPE_CHECKING:
 
 CallbackGraph: TypeAlias = "networkx.DiGraph[Any]"
 
-__all__ = ["CallbackGraph", "Edge", "Node", "Order", "Reason", "assign_names", "to_networkx", "unique_names"]
+__all__ = [
+    "CallbackGraph",
+    "Edge",
+    "Node",
+    "Order",
+    "Reason",
+    "assign_names",
+    "step_events",
+    "to_networkx",
+    "unique_names",
+]
 
 
 @dataclass(frozen=True, eq=False)  # compared by identity, since nodes are keys of dictionaries
@@ -132,6 +142,16 @@ def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[P
     for (before, after), (texts, events) in edges.items():
         graph.add_edge(before, after, reason="; ".join(texts), events=tuple(events))
     return graph
+
+
+def step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]:
+    """Return the known events of a phase, in order: those that it fires, and the user's events that have a handler."""
+    fires = phase.events
+    if fires is None:  # the phase does not list its events, so it may fire any of the library's
+        fires = AbstractTrainingPhase.events or ()
+    # A user's event may be fired in any phase, so it is known in all.
+    handled = [handler.event_type for node in nodes for _, handler in node.handlers]
+    return [*fires, *dict.fromkeys(event for event in handled if not is_bundled_event(event))]
 
 
 def unique_names(callbacks: list[Callback]) -> list[tuple[Callback, str]]:

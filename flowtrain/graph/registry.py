@@ -17,7 +17,7 @@ from typing import Any, TypeAlias, overload
 from flowtrain.callback.access import Declaration, Write, declare, union
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event, FitBegin, FitEnd
-from flowtrain.callback.handler import Handler, check_handlers, find_handler, is_bundled_event
+from flowtrain.callback.handler import Handler, check_handlers, find_handler
 from flowtrain.callback.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -40,7 +40,15 @@ from flowtrain.graph.checks import (
 from flowtrain.graph.clock import Clock, Measured
 from flowtrain.graph.drawing import Drawing, check_drawn, draw_plan
 from flowtrain.graph.held_backends import backends_of
-from flowtrain.graph.nodes import CallbackGraph, Node, Order, assign_names, to_networkx, unique_names
+from flowtrain.graph.nodes import (
+    CallbackGraph,
+    Node,
+    Order,
+    assign_names,
+    step_events,
+    to_networkx,
+    unique_names,
+)
 from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of, set_up
 from flowtrain.graph.plan_texts import Description, describe, ranks_text
@@ -119,7 +127,7 @@ class Callbacks(Sequence[Callback]):
         self.written: frozenset[str] = earlier | entries_written(self._nodes)
         self.shared = None if peers is None else check_ranks(self._nodes, peers)
         for phase in self._phases:
-            events = _step_events(phase, self._nodes)
+            events = step_events(phase, self._nodes)
             check_batch(phase, {event: self._meeting(event, phase) for event in events})
         names_before = [(node.callback, node.callback.name) for node in self._nodes]
         # From here on callbacks and `cbstate` change, so a failure has to undo it.
@@ -323,7 +331,7 @@ class Callbacks(Sequence[Callback]):
 
         All events of a new phase are checked before the first of them is fired.
         """
-        events = list(dict.fromkeys([*_step_events(phase_type, self._nodes), event_type]))
+        events = list(dict.fromkeys([*step_events(phase_type, self._nodes), event_type]))
         check_batch(phase_type, {event: self._meeting(event, phase_type) for event in events})
         # No epoch of an abstract phase runs, so its other events are never fired.
         fired = [event_type] if phase_type in _ABSTRACT else events
@@ -343,7 +351,7 @@ class Callbacks(Sequence[Callback]):
         """Yield the known pairs of an event type and a phase type, in the order in which a fit fires them."""
         yield FitBegin, Phase
         for phase in self._phases:
-            for event in _step_events(phase, self._nodes):
+            for event in step_events(phase, self._nodes):
                 yield event, phase
         yield FitEnd, Phase
 
@@ -417,16 +425,6 @@ def _known_phases(nodes: Iterable[Node], phases: Iterable[type[Phase]]) -> list[
     """Return the phases with data and those that handlers name, without the abstract ones."""
     named = (handler.phase_type for node in nodes for _, handler in node.handlers)
     return [phase for phase in dict.fromkeys([*phases, *named]) if phase not in _ABSTRACT]
-
-
-def _step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]:
-    """Return the known events of a phase, in order: those that it fires, and the user's events that have a handler."""
-    fires = phase.events
-    if fires is None:  # the phase does not list its events, so it may fire any of the library's
-        fires = AbstractTrainingPhase.events or ()
-    # A user's event may be fired in any phase, so it is known in all.
-    handled = [handler.event_type for node in nodes for _, handler in node.handlers]
-    return [*fires, *dict.fromkeys(event for event in handled if not is_bundled_event(event))]
 
 
 def callback_graph(callbacks: Iterable[Callback]) -> CallbackGraph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 from weakref import WeakSet
@@ -12,6 +13,7 @@ from flowtrain.errors import ExecutorError
 from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
+from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.learner_state import LearnerState
 
 __all__ = ["SerialExecutor"]
@@ -82,6 +84,19 @@ class SerialExecutor:
     def explain(self, plan: Plan) -> str:
         """Return an empty text: the handlers run in the order that is printed."""
         return ""
+
+    def what_if(self) -> WhatIf:
+        """Return what ``executor="dask"`` would save, estimated from the times of the last fit with a timeline.
+
+        Raises:
+            ExecutorError: The executor has no learner.
+            UsageError: No fit of these callbacks has had a timeline.
+        """
+        if self._site is None:
+            raise ExecutorError("This SerialExecutor has no learner yet. Write learner.executor.what_if().")
+        # This package is in the layers above, and an estimate needs its way to spread handlers over threads.
+        found: WhatIf = importlib.import_module("flowtrain_dask.what_if").estimate(self._site)
+        return found
 
     def flush(self) -> None:
         """Do nothing, since no handler is ever pending."""

@@ -81,6 +81,7 @@ class ClusterTransport:
         self._log_bytes = 0
         self._saved_at = 0.0
         self._worker = ""
+        self._shifts: dict[str, tuple[int, int]] = {}  # by worker: how far its clock is off, in ns, and for how sure
         self._block: Block | None = None
         self._same_machine = possible()  # whether workers are taken to be on this machine
 
@@ -195,14 +196,17 @@ class ClusterTransport:
                 if again and not first:
                     context.counts.replays += len(self._log)
                 # Further attempts do not use the block: the worker of the first attempt may be reading it.
-                return self._assignment(entries, again or first, wants_state=wants_state, send=again)
+                complete = again or first
+                return self._assignment(entries, complete, wants_state=wants_state, send=again, timed=context.timed)
 
+            sent = time.perf_counter_ns()
             try:
                 reply = self._calls.make(blob, "" if complete else self._worker, context)
             finally:
                 if self._block is not None:
                     self._block.shrink()
             if reply.kind == "done":
+                reply.times = self._on_own_clock(reply, sent, time.perf_counter_ns())
                 return self._accept(reply, entries)
             self._raise_for(reply)
             if reply.kind == "not on this machine":  # the worker has run nothing, and still has the state
@@ -212,7 +216,27 @@ class ClusterTransport:
             context.counts.restarts += 1
             context.counts.replays += len(self._log)
 
-    def _assignment(self, entries: Sequence[Entry], complete: bool, *, wants_state: bool, send: bool) -> bytes:
+    def _on_own_clock(self, reply: Reply, sent: int, received: int) -> list[tuple[int, int]]:
+        """Return the times of a reply, which are by the clock of the worker, by the clock of this process.
+
+        The worker began after the call was sent, and ended before its reply was received, which bounds the difference
+        of the clocks. The best estimate is from the call that has the narrowest bounds, within those of this call.
+
+        Args:
+            reply: The reply.
+            sent: When the call was sent, in ns of `time.perf_counter_ns`.
+            received: When the reply was received.
+        """
+        least, most = sent - reply.span[0], received - reply.span[1]
+        width, shift = self._shifts.get(reply.address, (most - least + 1, 0))
+        if most - least < width:
+            width, shift = self._shifts[reply.address] = most - least, (least + most) // 2
+        shift = min(max(shift, least), most)
+        return [(begin + shift, end + shift) for begin, end in reply.times]
+
+    def _assignment(
+        self, entries: Sequence[Entry], complete: bool, *, wants_state: bool, send: bool, timed: bool
+    ) -> bytes:
         log: list[Entry] = self._log if complete else []
         events = dump_entries([*log, *entries])
         call = Assignment(
@@ -223,6 +247,7 @@ class ClusterTransport:
             self._saved if complete else None,
             bytes(events) if send else self._put_into_block(events),
             wants_state,
+            timed,
         )
         return pickle.dumps(call)
 
@@ -239,7 +264,7 @@ class ClusterTransport:
     def _accept(self, reply: Reply, entries: Sequence[Entry]) -> BatchResult:
         """Take note of the state after a reply, and return its result without the events that were run again."""
         again = reply.ran - len(entries)
-        result = BatchResult(reply.records, max(0, reply.done - again))
+        result = BatchResult(reply.records, max(0, reply.done - again), times=reply.times[again:], worker=reply.address)
         if reply.failure is not None:
             result.failure = reply.failure[0], pickle.loads(reply.failure[1])
         done = entries[: result.done]

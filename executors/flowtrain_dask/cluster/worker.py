@@ -18,6 +18,7 @@ import random
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass, field
@@ -76,6 +77,7 @@ class Assignment:
         entries: The events that follow, as bytes of `flowtrain_dask.cluster.codec.dump_entries`, or the place of
             these bytes in the memory of the training process.
         wants_state: Whether the reply is to hold the new state.
+        timed: Whether the reply is to hold the times of the handlers.
     """
 
     token: str
@@ -85,6 +87,7 @@ class Assignment:
     state: bytes | None
     entries: bytes | Place
     wants_state: bool
+    timed: bool = False
 
 
 @dataclass
@@ -104,6 +107,9 @@ class Reply:
         address: The address of the worker.
         versions: The versions of the worker.
         text: For ``"not picklable"``: the error.
+        times: When the handler of each event began and ended, in ns of the clock of the worker, if the assignment asked
+            for it.
+        span: When the worker began with the assignment, and when it had the result, by the same clock.
     """
 
     kind: str
@@ -115,6 +121,8 @@ class Reply:
     address: str = ""
     versions: Versions = field(default_factory=versions)
     text: str = ""
+    times: list[tuple[int, int]] = field(default_factory=list)
+    span: tuple[int, int] = (0, 0)
 
 
 def dask_setup(worker: Any) -> None:
@@ -162,9 +170,11 @@ _global = cast("MethodType", random.randint).__self__
 def run_assignment(blob: bytes) -> bytes:
     """Run a pickled `Assignment` and return a pickled `Reply`."""
     leave_random_numbers_alone()
+    begin = time.perf_counter_ns()
     try:
         reply = _reply_to(pickle.loads(blob))
         reply.address = _address()
+        reply.span = begin, time.perf_counter_ns()
         return pickle.dumps(reply)
     except BaseException as failure:  # nothing may be raised here, see the module docstring
         return pickle.dumps(Reply("not picklable", text="".join(traceback.format_exception_only(failure)).strip()))
@@ -206,9 +216,9 @@ def _reply_to(assignment: Assignment) -> Reply:
     if kept is None:
         return Reply("missing")
     job, entries = kept.job, load_entries(events)
-    result = run_entries(kept.callbacks, job, entries, job.run, job.lane, seeded=True)
+    result = run_entries(kept.callbacks, job, entries, job.run, job.lane, seeded=True, timed=assignment.timed)
     kept.seen += result.done
-    reply = Reply("done", result.records, result.done, len(entries))
+    reply = Reply("done", result.records, result.done, len(entries), times=result.times)
     if result.failure is not None:
         sequence, failure = result.failure
         reply.failure = sequence, _portable(failure)

@@ -159,6 +159,10 @@ class DeferredCallbacks:
         lanes = () if self._teardown.lanes is None else self._teardown.lanes.report()
         return Report(self._past + lanes, () if self._placements is None else self._placements.report())
 
+    def costs(self, plan: Plan) -> dict[int, float]:
+        """Return the measured seconds that handlers of deferrable callbacks cost the event of a plan, by position."""
+        return {} if self._placements is None else self._placements.costs(plan)
+
     def look_again(self) -> None:
         """Have callbacks measured again whose place was decided on long ago."""
         if self._placements is not None:

@@ -379,6 +379,13 @@ class Placement:
         self.opened().retire(failure)
         self._decide("lane")
 
+    def cost(self, plan: PlanKey, node: Node, handler: Handler) -> float | None:
+        """Return the measured seconds that a handler costs an event, in place or to hand over; ``None`` if unknown."""
+        if self.deferred:
+            return statistics.median(self._handing) if self._handing else None
+        spot = self._spots.get((plan, node, handler))
+        return spot.cost or None if spot is not None else None
+
     def report(self) -> PlaceReport:
         """Return where the callbacks run and why, and what both ways cost."""
         here, there = (statistics.median(rounds) if rounds else 0.0 for rounds in self._rounds)

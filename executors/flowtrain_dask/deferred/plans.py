@@ -133,6 +133,8 @@ class Placements:
             taker = self._takers[each.node, each.handler].for_groups(groups[at])
             draws = found.state.draws if (found := self._site()) is not None and draws_own(each.callback) else None
             hand_over = _snapshot_node(placement, position, taker, shared, draws, each.node.name)
+            if found is not None and found.clock is not None:
+                hand_over = found.clock.hand_over(plan, at, hand_over)
             here = each.call if each.unasked is None else each.unasked
             if self._by_cost and self._options.on_error == "warn":
                 here = retiring(here, placement, each)
@@ -179,6 +181,15 @@ class Placements:
     def report(self) -> tuple[PlaceReport, ...]:
         """Return where the callbacks of each lane run, and why; nothing unless cost decides."""
         return tuple(placement.report() for placement in self.placements) if self._by_cost else ()
+
+    def costs(self, plan: Plan) -> dict[int, float]:
+        """Return the measured seconds that handlers of these callbacks cost the event of a plan, by position."""
+        found = {
+            at: self._of[each.node].cost(_key(plan), each.node, each.handler)
+            for at, each in enumerate(plan.handlers)
+            if each.node in self._of
+        }
+        return {at: seconds for at, seconds in found.items() if seconds is not None}
 
     def look_again(self) -> None:
         """Have callbacks measured again whose place was decided on long ago."""

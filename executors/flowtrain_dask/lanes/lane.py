@@ -32,7 +32,7 @@ from flowtrain_dask.lanes.gate import Gate, close_copies, guard
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport
 from flowtrain_dask.lanes.threads import LaneThreads
-from flowtrain_dask.lanes.transport import Abandoned, LaneContext, Transport
+from flowtrain_dask.lanes.transport import Abandoned, ClockNow, LaneContext, Transport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job, RecordWriter
 
 __all__ = ["Lane", "OnError"]
@@ -59,6 +59,7 @@ class Lane:
             soon.
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
         stopping: Returns whether training is about to stop; then `put` no longer waits for room.
+        clock: Returns the clock of the timeline that is written now; ``None`` without one.
         linger_events: How many waiting events end the linger; half of the limit if that is less.
 
     Attributes:
@@ -79,6 +80,7 @@ class Lane:
         raise_on_training_thread: Callable[[Callable[[], None]], None],
         on_error: OnError = "raise",
         stopping: Callable[[], bool] = lambda: False,
+        clock: ClockNow = lambda: None,
         linger_events: int = 4000,
     ) -> None:
         self.job = job
@@ -91,7 +93,7 @@ class Lane:
         # At half of the limit the lane stops lingering, so that training need not wait for room.
         self._linger_events = max(1, min(linger_events, limits.pending // 2))
         self._queue = EventQueue(limits, transport.largest)
-        self._context = context = LaneContext()
+        self._context = context = LaneContext(clock=clock)
         self._records = RecordWriter(job.backends, context.counts)
         self.given_up = False
         self.holds: object = None
@@ -185,18 +187,18 @@ class Lane:
                 f"flush() in a deferred handler of lane {here.name} would wait for that handler itself. Call it "
                 f"where training is run."
             )
-        queue = self._queue
-        goal, _ = queue.received
+        goal, _ = self._queue.received
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _POLL / 64
-        while not self.refuses and (queue.done < goal or self._brought_back < goal):
-            self.process_soon()  # again each time: the other thread may have reset it before the last event was put
-            if deadline is not None and time.monotonic() >= deadline:
-                return False
-            time.sleep(pause)
-            pause = min(2 * pause, _POLL)
+        with self._context.wait(f"waits for lane {self.name}"):
+            while not self.refuses and (self._queue.done < goal or self._brought_back < goal):
+                self.process_soon()  # again each time: the other thread may have reset it before the last event was put
+                if deadline is not None and time.monotonic() >= deadline:
+                    return False
+                time.sleep(pause)
+                pause = min(2 * pause, _POLL)
         self._flushing = False  # the loop may have set it after the last event was done
-        return queue.done >= goal
+        return self._queue.done >= goal
 
     def process_soon(self) -> None:
         """Have the events that wait processed now, and not when more have gathered."""
@@ -234,17 +236,16 @@ class Lane:
 
     def _make_room(self, callback: str, nbytes: int) -> bool:
         """Wait until there is room, or until something else ends the wait; return whether to take the event."""
-        counts = self._context.counts
-        begin = time.perf_counter()
+        begin = time.perf_counter_ns()
         # If training is stopping the wait ends, and the few events that are left are taken beyond the limit.
         if not self.refuses and self._blocks:
             while not self.over and self._queue.is_full(nbytes, *self._queue.received) and not self._stopping():
                 self._wake()
                 time.sleep(_POLL)
-            counts.stalled(callback, time.perf_counter() - begin)
+            self._context.stalled(self.name, callback, begin)
             if not self.refuses:
                 return True
-        counts.dropped[callback] += 1
+        self._context.counts.dropped[callback] += 1
         return False
 
     # --- the training thread: failures, checkpoints and the end
@@ -384,7 +385,7 @@ class Lane:
         queue = self._queue
         if not failing and (batch := queue.take()):
             self._gathers_since = begin = time.monotonic()
-            result = self._transport.run_batch(batch, self._context)
+            result = self._context.run(self._transport, self.job, batch)
             queue.fill(self._transport.largest)
             queue.took(time.monotonic() - begin, max(1, result.done))
             self._accept(result)

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
+from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Site
 from flowtrain_dask.lanes.lane import Lane, OnError
 from flowtrain_dask.lanes.limits import Limits
@@ -64,6 +65,7 @@ class LaneSet:
             raise_on_training_thread=raise_on_training_thread,
             on_error=self._on_error,
             stopping=self.is_stopping,
+            clock=partial(_clock, site),
         )
         loop = site()
         lane.holds = loop.open_sinks if loop is not None else None
@@ -150,6 +152,12 @@ class LaneSet:
         for lane in self.lanes:
             lane.close()
         self._threads.close()
+
+
+def _clock(site: weakref.ref[Site]) -> Clock | None:
+    """Return the clock of the timeline that is written now; ``None`` without one."""
+    loop = site()
+    return None if loop is None else loop.clock
 
 
 def _is_stopping(site: weakref.ref[Site]) -> bool:

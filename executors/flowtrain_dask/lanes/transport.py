@@ -7,17 +7,20 @@ handlers, on the callbacks of the learner. The one for a cluster is in `flowtrai
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Literal, Protocol, TypeAlias
 
 from flowtrain.callback.callback import Callback
+from flowtrain.graph.clock import Clock, Mark
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.report import LaneCounts
-from flowtrain_dask.lanes.work import BatchResult, Entry, Job, run_entries
+from flowtrain_dask.lanes.work import BatchResult, Entry, Job, leave_stamps, run_entries
 
 __all__ = [
     "SLOW",
     "Abandoned",
+    "ClockNow",
     "LaneContext",
     "OnLoss",
     "ThreadTransport",
@@ -32,29 +35,67 @@ class Abandoned(Exception):
     """The lane is closed or is to stand still, so a transport has stopped waiting. The lane catches this."""
 
 
+ClockNow: TypeAlias = Callable[[], Clock | None]
+"""Returns the clock of the timeline that is written now; ``None`` without one."""
+
+_SHORTEST_WAIT = 100_000
+"""ns. A shorter wait for a lane is not in a timeline: most flushes find that all is done."""
+
+
 class LaneContext:
-    """The gate and the counts of a lane, and whether its transport is to give up.
+    """The gate and the counts of a lane, its times for a timeline, and whether its transport is to give up.
 
     Args:
         deadline: The moment of `time.monotonic` at which a transport gives up; ``None`` for none.
+        clock: Returns the clock of the timeline that is written now; ``None`` without one.
 
     Attributes:
         gate: Entered around everything that a fork must not interrupt.
         counts: The counts of the lane.
         closed: Whether the lane is closed.
         pausing: Whether the lane is to stand still after the event that is at work.
+        timed: Whether the results are to have the times of handlers, for a timeline.
     """
 
-    def __init__(self, deadline: float | None = None) -> None:
+    def __init__(self, deadline: float | None = None, clock: ClockNow = lambda: None) -> None:
         self.gate = Gate()
         self.counts = LaneCounts()
         self.closed = False
         self.pausing = False
+        self.timed = False
         self._deadline = deadline
+        self._clock = clock
 
     def is_stopped(self) -> bool:
         """Return whether a transport is to give up after the event that is at work."""
         return self.closed or self.pausing or (self._deadline is not None and time.monotonic() >= self._deadline)
+
+    def run(self, transport: Transport, job: Job, entries: Sequence[Entry]) -> BatchResult:
+        """Have a transport run a batch, and leave stamps of it and of its events if there is a clock."""
+        clock = self._clock()
+        self.timed = clock is not None
+        begin = time.perf_counter_ns()
+        result = transport.run_batch(entries, self)
+        if clock is not None:
+            leave_stamps(clock, job, entries, result, begin)
+        return result
+
+    def stalled(self, lane: str, callback: str, begin: int) -> None:
+        """Count a wait of training for room, for an event of a callback; it began at a time in ns and ends now."""
+        end = time.perf_counter_ns()
+        self.counts.stalled(callback, (end - begin) * 1e-9)
+        clock = self._clock()
+        if clock is not None:
+            clock.add(Mark(f"lane {lane} is full", "stall", {"callback": callback}), begin, end)
+
+    @contextmanager
+    def wait(self, name: str) -> Generator[None]:
+        """Give a context in which a thread waits for the lane, which leaves a stamp if there is a clock."""
+        begin = time.perf_counter_ns()
+        yield
+        end, clock = time.perf_counter_ns(), self._clock()
+        if clock is not None and end - begin >= _SHORTEST_WAIT:
+            clock.add(Mark(name, "stall"), begin, end)
 
 
 class Transport(Protocol):
@@ -166,7 +207,10 @@ class ThreadTransport:
             return time.monotonic() >= end or context.is_stopped()
 
         # The handlers are not seeded: a thread beside training must leave the generators of the process alone.
-        result = run_entries(self._callbacks, self._job, entries, self._job.run, self._job.lane, context.gate, enough)
+        job = self._job
+        result = run_entries(
+            self._callbacks, job, entries, job.run, job.lane, context.gate, enough, timed=context.timed
+        )
         slow = time.monotonic() - begin >= SLOW * max(1, result.done)
         self.linger = 0.0 if slow else self._linger
         return result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import CancelException, DeferredCancelError
+from flowtrain.graph.clock import IN_LANE, Clock, Mark, Track
 from flowtrain.graph.plan import Call
 from flowtrain.logging.backend import Identity, LoggerBackend, collecting, deliver
 from flowtrain.state.partial_view import Owner
@@ -42,6 +44,7 @@ __all__ = [
     "RecordWriter",
     "Surroundings",
     "cancel_error",
+    "leave_stamps",
     "opened",
     "run_entries",
 ]
@@ -165,11 +168,16 @@ class BatchResult:
         records: The records that the handlers logged, in order.
         done: How many entries are done, including one that failed.
         failure: The sequence number of the entry whose handler failed, and the exception.
+        times: If they were asked for, when the handler of each done entry began and ended, in ns of the clock of the
+            process that trains.
+        worker: The worker that has run the handlers; empty if this process has.
     """
 
     records: list[Record] = field(default_factory=list)
     done: int = 0
     failure: tuple[int, BaseException] | None = None
+    times: list[tuple[int, int]] = field(default_factory=list)
+    worker: str = ""
 
 
 _TOGETHER = 256
@@ -231,6 +239,7 @@ def run_entries(
     enough: Callable[[], bool] | None = None,
     *,
     seeded: bool = False,
+    timed: bool = False,
 ) -> BatchResult:
     """Run handlers for events, one at a time and in order, until one fails.
 
@@ -244,6 +253,7 @@ def run_entries(
         enough: Called after each event; if it returns ``True``, no further event is run.
         seeded: Whether handlers draw random numbers from their seeds. It must be false in a thread beside training,
             whose draws would be undone when the generators are put back.
+        timed: Whether the result is to have the time of each handler.
     """
     result = BatchResult()
     calls = _bound(callbacks, job)
@@ -253,6 +263,7 @@ def run_entries(
             call, replica, callback = calls[entry.handler]
             identity = Identity(run, lane, job.first + entry.sequence)
             seed = entry.seed if seeded else None
+            begin = time.perf_counter_ns() if timed else 0
             # The gate is entered for each event and not for the batch, so that a fork waits for one handler at most.
             with gate, collecting(identity, job.backends[callback]) as collector:
                 try:
@@ -267,12 +278,34 @@ def run_entries(
             # The records of a handler that failed count too, since a serial run has written them before the exception.
             result.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
             result.done += 1
+            if timed:
+                result.times.append((begin, time.perf_counter_ns()))
             # After a failure the lane decides whether later events are run, so they are left to it.
             if result.failure is not None or (enough is not None and enough()):
                 break
     for _, replica, _ in calls:  # a view would keep its last snapshot in memory until the next batch
         replica.clear()
     return result
+
+
+def leave_stamps(clock: Clock, job: Job, entries: Sequence[Entry], result: BatchResult, begin: int) -> None:
+    """Leave stamps of a batch of a lane, and of its events.
+
+    Args:
+        clock: The clock.
+        job: The job of the lane.
+        entries: The events of the batch, of which the first ones are done.
+        result: The result of the batch, with times.
+        begin: When the batch was handed over, in ns of `time.perf_counter_ns`. Its result is there now.
+    """
+    line = Track("", f"lane {job.lane}")
+    where = {"worker": result.worker} if result.worker else {}
+    batch = Mark("1 event" if result.done == 1 else f"{result.done} events", "lane", where)
+    clock.add(batch, begin, time.perf_counter_ns(), line)
+    line = Track(f"worker {result.worker}", line.thread) if result.worker else line
+    for entry, times in zip(entries, result.times, strict=False):  # a batch may end early
+        key = type(entry.event), type(entry.phase)
+        clock.add(clock.measured.mark(key, job.handlers[entry.handler].label, IN_LANE), *times, line)
 
 
 def opened(payload: Any) -> Any:

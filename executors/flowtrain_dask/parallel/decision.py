@@ -109,6 +109,11 @@ class Decision:
             self.mode, self.reason = "racing", _RACE
 
     @property
+    def costs(self) -> Sequence[float]:
+        """The seconds of each handler, the shortest of all inline firings; empty before the first one."""
+        return tuple(self._costs)
+
+    @property
     def first(self) -> Runner:
         """The first runner of the plan."""
         return self.measure if self.mode == "measuring" else self.race
