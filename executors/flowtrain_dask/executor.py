@@ -72,7 +72,7 @@ class DaskExecutor:
         on_error: ``"raise"``: a deferred callback that fails ends training. ``"warn"``: the failure is logged, and the
             lane of the callback takes no more events.
         on_cluster_loss: ``"local"``: when the cluster is lost, pending and further events are processed in this
-            process. ``"raise"``: losing the cluster is an error.
+            process, until the cluster is back. ``"raise"``: losing the cluster is an error.
 
     Raises:
         ExecutorError: An argument has a wrong value.

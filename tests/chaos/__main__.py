@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from tests.chaos.cut import cut
 from tests.chaos.loaders import loaders
 from tests.chaos.run import run
 from tests.chaos.soak import soak
@@ -21,9 +22,12 @@ def main() -> int:
     parser.add_argument("--soak", type=int, nargs="?", const=500_000, metavar="EVENTS", help="a long run instead")
     parser.add_argument("--embedded", action="store_true", help="with --soak: lanes in threads")
     parser.add_argument("--loaders", type=int, nargs="?", const=200, metavar="EPOCHS", help="loader workers instead")
+    parser.add_argument("--cut", type=float, nargs="?", const=15.0, metavar="SECONDS", help="the link is cut instead")
     arguments = parser.parse_args()
     if arguments.soak is not None:
         return 0 if soak(arguments.soak, arguments.embedded) else 1
+    if arguments.cut is not None:
+        return 0 if cut(arguments.cut, arguments.seed) else 1
     if arguments.loaders is not None:
         return 0 if loaders(arguments.loaders, "fork") & loaders(arguments.loaders, "forkserver") else 1
     equal = run(arguments.minutes * 60, arguments.seed, arguments.workers, arguments.gap, arguments.keep)

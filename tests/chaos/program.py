@@ -50,8 +50,14 @@ def main() -> None:
         importlib.import_module("distributed")  # which sets the levels of its loggers
         logging.getLogger("distributed.client").setLevel(logging.CRITICAL)  # the scheduler's end is no surprise
         executor = DaskExecutor(arguments.cluster, defer="always")
-        stop = folder / "stop"
-        epochs = _train(folder / "cluster", executor, arguments.seed, lambda _: stop.exists(), 0.002)
+        stop, now = folder / "stop", folder / "now.txt"
+
+        def is_enough(epochs: int) -> bool:
+            """Leave the report, and ask whether to stop."""
+            now.write_text(str(executor.report()))
+            return stop.exists()
+
+        epochs = _train(folder / "cluster", executor, arguments.seed, is_enough, 0.002)
         (folder / "epochs").write_text(str(epochs))
 
 

@@ -1,7 +1,8 @@
 """One run: train on a cluster while it is disturbed, train serially, compare the logs.
 
 The scheduler and the workers are started by dask's command line, as a user starts them. At the end of the run the
-scheduler is killed, and training goes on for some seconds; what is pending is processed in its process.
+scheduler is killed, and training continues for some seconds with its lanes in its own process. Then the scheduler is
+started again, and training continues until its lanes are on the cluster.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from tests.chaos.program import LOGS
 from tests.support.dask_processes import DaskProcesses
 from tests.support.waiting import wait_for
 
-__all__ = ["run"]
+__all__ = ["Watch", "is_back", "program", "run", "tell"]
 
 _LAST = 6.0
-"""Seconds for which training goes on without a scheduler."""
+"""Seconds for which training continues without a scheduler, and after the scheduler is back."""
 
 
 def run(seconds: float, seed: int, size: int, gap: float, keep: bool) -> bool:
@@ -48,11 +49,11 @@ def run(seconds: float, seed: int, size: int, gap: float, keep: bool) -> bool:
 
         watch = Watch([folder / "cluster" / log for log in LOGS], say)
         seen = _disturbed(folder, watch, say, seconds, seed, size, gap)
-        _program(folder, seed).wait()
+        program(folder, seed).wait()
         found = [compare(folder / "serial" / log, folder / "cluster" / log) for log in LOGS]
         serial, cluster = (json.loads((folder / each / "result.json").read_text()) for each in ("serial", "cluster"))
         print((folder / "cluster" / "report.txt").read_text())
-        return _tell(seen, found, watch, serial, cluster)
+        return tell(seen, found, watch, serial, cluster)
     finally:
         if not keep:
             shutil.rmtree(folder, ignore_errors=True)
@@ -94,38 +95,50 @@ def _disturbed(
 ) -> Seen:
     """Train on a cluster that is disturbed."""
     processes = DaskProcesses(folder)
-    program: subprocess.Popen[bytes] | None = None
+    training: subprocess.Popen[bytes] | None = None
     try:
         monkey = Monkey(processes, seed, size, say)
-        program = _program(folder, seed, "--cluster", processes.address)
+        training = program(folder, seed, "--cluster", processes.address)
         log = folder / "cluster" / LOGS[0]
         wait_for(lambda: log.exists() and log.stat().st_size, 120)
         watch.start()
         monkey.run(seconds, gap)
         say(f"the scheduler, which holds {monkey.tasks()} tasks, is killed")
         monkey.close()
-        processes.scheduler.kill()
-        processes.scheduler.wait(20)
+        processes.kill_scheduler()
+        time.sleep(_LAST)
+        processes.start_scheduler()
+        for name in ("late", "later"):
+            processes.start_worker(name)
+        wait_for(lambda: is_back(folder), 120)
+        say("the scheduler is back, and is used")
         time.sleep(_LAST)
         watch.over.set()
         (folder / "stop").touch()
-        if program.wait(300):
-            raise RuntimeError(f"the training ended with {program.returncode}")
+        if training.wait(300):
+            raise RuntimeError(f"the training ended with {training.returncode}")
         return monkey.seen
     finally:
         watch.over.set()
-        if program is not None and program.poll() is None:
-            program.kill()
-            program.wait(20)
+        if training is not None and training.poll() is None:
+            training.kill()
+            training.wait(20)
         processes.close()
 
 
-def _program(folder: Path, *options: object) -> subprocess.Popen[bytes]:
+def is_back(folder: Path) -> bool:
+    """Tell whether the cluster of a program was lost, and all lanes are on it again."""
+    now = (folder / "now.txt").read_text()
+    return "and was back at" in now and "thread (" not in now
+
+
+def program(folder: Path, *options: object) -> subprocess.Popen[bytes]:
+    """Start the program that trains, with a seed and further options."""
     seed, *rest = map(str, options)
     return subprocess.Popen([sys.executable, "-m", "tests.chaos.program", str(folder), "--seed", seed, *rest])
 
 
-def _tell(
+def tell(
     seen: Seen, found: list[Difference], watch: Watch, serial: dict[str, object], cluster: dict[str, object]
 ) -> bool:
     """Print what was found; return whether it is what it should be."""
@@ -133,7 +146,7 @@ def _tell(
     events = sum(each.records for each in found)
     print(
         f"kills with a batch in flight {seen.kills}, while sending {seen.sending}; stops {seen.stops}; "
-        f"joined {seen.joined}; retired {seen.retired}; scheduler killed 1\n"
+        f"joined {seen.joined}; retired {seen.retired}; scheduler killed and back 1\n"
         f"batches {serial['steps']:,}; records {events:,}; lost {sum(each.lost for each in found)}; "
         f"doubled {sum(each.doubled for each in found)}; out of order {sum(each.out_of_order for each in found)}; "
         f"changed {sum(each.changed for each in found)}; longest gap "

@@ -5,6 +5,7 @@ The processes are real ones: schedulers and workers of dask's command line, and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from distributed import Client
 from torch.utils.data import DataLoader, TensorDataset
 
 from flowtrain import (
@@ -371,8 +373,26 @@ class Killing(Callback):
         """Kill it."""
         if self.processes.scheduler.poll() is None:
             wait_for(lambda: self.executor.report().lanes[0].done >= 8)
-            self.processes.scheduler.kill()
-            self.processes.scheduler.wait(20)
+            self.processes.kill_scheduler()
+
+
+class Restarting(Killing):
+    """Kills the scheduler after epoch 1, starts it again after epoch 2, and waits after epoch 3 until it is used."""
+
+    epochs = 0
+
+    @on(EpochEnd, TrainingPhase)
+    def kill(self, event: EpochEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        """Do it."""
+        self.epochs += 1
+        if self.epochs == 1:
+            self.processes.kill_scheduler()
+        elif self.epochs == 2:
+            wait_for(lambda: self.executor.report().lanes[0].where.startswith("thread"))
+            self.processes.start_scheduler()
+            self.processes.start_worker("b")
+        elif self.epochs == 3:
+            wait_for(lambda: self.executor.report().outages[0].back is not None)
 
 
 @pytest.fixture
@@ -398,6 +418,62 @@ def test_the_scheduler_dies_and_the_log_is_complete(
     assert lane.counts.local > 0
     assert lane.where == f"thread ({mortal.address} was lost)"
     assert f"the cluster was lost; {lane.counts.local} events were run in this process" in caplog.text
+
+
+def test_the_scheduler_comes_back_and_is_used(mortal: Any, tmp_path: Path) -> None:
+    """The log and the callbacks are those of the serial run, and the report says what ran where."""
+    serial, deferred = JsonlBackend(tmp_path / "serial.jsonl"), JsonlBackend(tmp_path / "deferred.jsonl")
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    alone = tiny_learner(LogMetrics(serial), Logs(tmp_path / "one.jsonl"), LogHistograms(serial, every=4))
+    alone.fit(5)
+    with Client(mortal.address, set_as_default=False) as client:  # type: ignore[no-untyped-call]  # no annotations
+        executor = DaskExecutor(client, defer="always")
+        callbacks = LogMetrics(deferred), Logs(tmp_path / "two.jsonl"), LogHistograms(deferred, every=4)
+        with tiny_learner(*callbacks, Restarting(mortal, executor), executor=executor) as learner:
+            learner.fit(5)
+            report = executor.report()
+            counts = [each.count for one in (learner, alone) for each in one.callbacks if isinstance(each, Logs)]
+            assert counts == [5 * 16, 5 * 16]
+            assert executor.report().lanes[0].where.startswith(mortal.address)
+    assert log_records(tmp_path / "deferred.jsonl") == log_records(tmp_path / "serial.jsonl")
+    assert log_steps(tmp_path / "two.jsonl") == list(range(1, 5 * 16 + 1))
+    for lane in report.lanes:
+        assert lane.where.startswith(f"{mortal.address}, worker tcp://127.0.0.1:")
+        assert 0 < lane.counts.local < lane.events == lane.done
+    [outage] = report.outages
+    assert (outage.address, outage.refused) == (mortal.address, "")
+    assert f"the cluster at {mortal.address} was lost at 20" in str(report)
+    assert f"({outage.why}), and was back at 20" in str(report)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_fit_that_ends_before_the_cluster_is_back(mortal: Any, tmp_path: Path, interrupted: bool) -> None:
+    """The next fit uses it again; `close` ends the looking."""
+    path = tmp_path / "log.jsonl"
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    executor = DaskExecutor(mortal.address, defer="always")
+    before = threading.active_count()
+    callbacks = [Logs(path), Meanwhile(16, mortal.kill_scheduler)]
+    if interrupted:
+        callbacks.append(Meanwhile(40, lambda: signal.raise_signal(signal.SIGINT)))
+    with tiny_learner(*callbacks, executor=executor) as learner:
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+            learner.fit(3)
+        taken = 40 if interrupted else 48
+        assert log_steps(path) == list(range(1, taken + 1))
+        [lane] = executor.report().lanes
+        assert lane.where == f"thread ({mortal.address} was lost)"
+        assert executor.report().outages[0].back is None
+        mortal.start_scheduler()
+        mortal.start_worker("b")
+        wait_for(lambda: executor.report().outages[0].back is not None)
+        learner.fit(1)
+        assert executor.report().lanes[0].where.startswith(mortal.address)
+        mortal.kill_scheduler()
+        learner.fit(1)
+        assert [each.back is None for each in executor.report().outages] == [False, True]
+    assert log_steps(path) == list(range(1, taken + 33))
+    assert threading.active_count() <= before, [each.name for each in threading.enumerate()]
 
 
 def test_the_scheduler_dies_and_that_is_an_error(mortal: Any, tmp_path: Path) -> None:

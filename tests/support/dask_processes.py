@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tests.support.programs import Programs, Started, importing_the_same
@@ -28,11 +29,13 @@ main()
 
 
 class DaskProcesses:
-    """A scheduler and workers on 127.0.0.1, each a process of its own.
+    """A scheduler and workers, each a process of its own.
 
     Args:
         folder: A folder for the files and the logs of the processes.
         forked: Forks the scheduler, and forks the workers; without it each is started with the command of dask.
+        host: The address of the machine for scheduler and workers.
+        within: The words before the command of dask, as those that run it in another namespace.
 
     Attributes:
         address: The scheduler's.
@@ -40,21 +43,42 @@ class DaskProcesses:
         workers: The processes of the workers, by name.
     """
 
-    def __init__(self, folder: Path, forked: tuple[Programs, Programs] | None = None) -> None:
-        self.folder, self._forked = folder, forked
+    def __init__(
+        self,
+        folder: Path,
+        forked: tuple[Programs, Programs] | None = None,
+        host: str = "127.0.0.1",
+        within: Sequence[str] = (),
+    ) -> None:
+        self.folder, self._forked, self._host, self._within = folder, forked, host, within
         self.workers: dict[str, subprocess.Popen[bytes] | Started] = {}
         self.stopped: set[int] = set()
-        info = folder / "scheduler.json"
+        self.address: str = ""
+        self.scheduler = self.start_scheduler()
+
+    def start_scheduler(self) -> subprocess.Popen[bytes] | Started:
+        """Start a scheduler, at the address of the one before if there was one."""
+        info = self.folder / "scheduler.json"
+        info.unlink(missing_ok=True)
+        port = self.address.rpartition(":")[2] or "0"
         self.scheduler = self._start(
-            "scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard", "--scheduler-file", str(info)
+            "scheduler", "--host", self._host, "--port", port, "--no-dashboard", "--scheduler-file", str(info)
         )
         wait_for(lambda: info.exists() and info.read_text().rstrip().endswith("}"), 60)
-        self.address: str = json.loads(info.read_text())["address"]
+        self.address = json.loads(info.read_text())["address"]
+        return self.scheduler
+
+    def kill_scheduler(self) -> None:
+        """Kill the scheduler, after which its workers end."""
+        self.scheduler.kill()
+        self.scheduler.wait(20)
+        if isinstance(self.scheduler, Started):
+            self.scheduler.close()
 
     def start_worker(self, name: str, *options: str) -> subprocess.Popen[bytes] | Started:
         """Start a worker with one thread, and without a nanny that would start it again."""
         process = self._start(
-            "worker", self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1",
+            "worker", self.address, "--no-nanny", "--nthreads", "1", "--no-dashboard", "--host", self._host,
             "--name", name, "--local-directory", str(self.folder), "--death-timeout", "10", *options,
         )  # fmt: skip
         self.workers[name] = process
@@ -98,6 +122,6 @@ class DaskProcesses:
             del environment["PYTHONPATH"]
         with log.open("ab") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "dask", kind, *options],
+                [*self._within, sys.executable, "-m", "dask", kind, *options],
                 stdout=output, stderr=output, env=environment, cwd=self.folder,
             )  # fmt: skip

@@ -23,7 +23,7 @@ from distributed import Future
 from distributed.scheduler import KilledWorker
 
 from flowtrain.errors import ExecutorError
-from flowtrain_dask.cluster.connect import Connection
+from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.worker import Reply
 from flowtrain_dask.lanes.transport import Abandoned, LaneContext
 
@@ -145,16 +145,7 @@ class _Call:
         quiet = {"distributed.admin.large-graph-warning-threshold": "1 PiB"} if len(blob) > _LARGE else {}
         try:
             with config.set(quiet):
-                future = self._connection.client.submit(
-                    _begin,
-                    blob,
-                    key=key,
-                    pure=False,
-                    retries=2,
-                    workers=workers,
-                    allow_other_workers=bool(workers),
-                    resources=self._connection.resources,
-                )
+                future = self._connection.submit(blob, key, workers)
         except Exception as error:  # the client may be closed or lose its connection at any point of this
             raise ClusterLost(f"{type(error).__name__}: {error}") from error
         future.add_done_callback(self._finish)  # type: ignore[no-untyped-call]  # distributed has no annotation
@@ -262,14 +253,3 @@ class _Call:
             if self._heard.get(address, (None,))[0] != sign:
                 self._heard[address] = sign, now
         return {one for one in workers if now - self._heard[one][1] >= self._patience.silent}
-
-
-def _begin(blob: bytes) -> bytes:
-    """Do an assignment. dask pickles this function and the bytes, and none of the types in the assignment."""
-    from flowtrain_dask.cluster.worker import run_assignment
-
-    return run_assignment(blob)
-
-
-# Pickled by value: the scheduler unpickles the function as well, and may not have flowtrain.
-_begin.__module__ = "__main__"

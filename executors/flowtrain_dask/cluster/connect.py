@@ -6,85 +6,22 @@ The client is never set as dask's default client, so that dask code of the user 
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 from dask import config
-from distributed import Client, LocalCluster, Nanny, Scheduler, Security
+from distributed import Client, LocalCluster, Nanny, Security
 from distributed.deploy.cluster import Cluster
 
 from flowtrain.errors import ExecutorError, is_a, raise_worst
+from flowtrain_dask.cluster.connection import END_SECONDS, SHORT_LOG, Connection, make_client
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
 from flowtrain_dask.parallel.threads import Wake, start
 
-__all__ = ["Connection", "connect", "uninterrupted"]
+__all__ = ["connect", "uninterrupted"]
 
-_SHORT_LOG = {"distributed.admin.low-level-log-length": 10}
-"""dask keeps the last thousand messages of each connection for its developers, each with up to 1 MB of a batch."""
-
-# Newer schedulers name five workers unless they are asked for all; that of dask 2025.1 has no such argument.
-_ALL_WORKERS = {"n_workers": -1} if "n_workers" in inspect.signature(Scheduler.identity).parameters else {}
-_END_SECONDS = 30.0
-"""Seconds that the process of a worker may take to end. dask's default of 5 is too short on a busy machine."""
 _START = 'Start one with `dask scheduler` and `dask worker ADDRESS`, or write DaskExecutor("local").'
-
-
-@dataclass
-class Connection:
-    """The executor's client on a cluster.
-
-    Attributes:
-        client: The client.
-        address: The address of the scheduler.
-        resources: The resources that a worker must have for the tasks of lanes, as amounts by name.
-        cluster: The cluster, if the executor started it.
-    """
-
-    client: Client
-    address: str
-    resources: dict[str, float] | None = None
-    cluster: LocalCluster | None = None
-
-    def ask(self, what: str, timeout: float, **arguments: object) -> Any:
-        """Call a handler of the scheduler by its name, and return the answer.
-
-        Raises:
-            OSError: The scheduler does not answer in time, or is gone.
-        """
-        scheduler = self.client.scheduler
-        if scheduler is None:
-            raise OSError("the client is closed")
-        sync: Any = self.client.sync  # distributed's annotations have no `callback_timeout`
-        return sync(getattr(scheduler, what), callback_timeout=timeout, **arguments)
-
-    def workers(self, timeout: float) -> dict[str, Any]:
-        """Return the scheduler's data on the workers that lanes may use, by address.
-
-        Raises:
-            OSError: The scheduler does not answer in time, or is gone.
-        """
-        identity = self.ask("identity", timeout, **_ALL_WORKERS)
-        wanted = self.resources or {}
-        return {
-            address: worker
-            for address, worker in identity["workers"].items()
-            if all(worker["resources"].get(name, 0) >= amount for name, amount in wanted.items())
-        }
-
-    def close(self) -> None:
-        """Close the client, and the cluster if the executor started it. Nothing is raised."""
-        client: Any = self.client  # distributed leaves `close` without annotations
-        cluster: Any = self.cluster
-        with contextlib.suppress(Exception):  # closing fails if the scheduler is gone already
-            client.close(timeout=5)
-        if cluster is not None:
-            with contextlib.suppress(Exception):
-                cluster.close(timeout=2 * _END_SECONDS)
 
 
 def connect(
@@ -184,12 +121,11 @@ def _find(cluster: object) -> tuple[str, Security | None]:
 
 
 def _reach(address: str, security: Security | None, deadline: float, resources: dict[str, float] | None) -> Connection:
-    options: dict[str, Any] = {} if security is None else {"security": security}
     try:
         try:
-            client = _client(address, deadline, options)
+            client = make_client(address, deadline, security)
         except AssertionError:  # dask's own thread has not started within 10 s: the machine stood still
-            client = _client(address, deadline, options)
+            client = make_client(address, deadline, security)
     except ValueError as error:
         raise ExecutorError(
             f"DaskExecutor(cluster={address!r}) is no address of a dask scheduler: {error}. Write one such as "
@@ -199,20 +135,13 @@ def _reach(address: str, security: Security | None, deadline: float, resources: 
         raise ExecutorError(
             f"No dask scheduler answers at {address} within {deadline:g} s ({type(error).__name__}). {_START}"
         ) from error
-    return Connection(client, address, resources)
-
-
-def _client(address: str, deadline: float, options: dict[str, Any]) -> Client:
-    with config.set(_SHORT_LOG):
-        return Client(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
-            address, timeout=deadline, set_as_default=False, name="flowtrain", **options
-        )
+    return Connection(client, address, resources, security)
 
 
 def _start(deadline: float, workers: int | None, resources: dict[str, float] | None) -> Connection:
     number = min(4, os.cpu_count() or 1) if workers is None else workers
     try:
-        with config.set(_SHORT_LOG):
+        with config.set(SHORT_LOG):
             cluster = LocalCluster(  # type: ignore[no-untyped-call]  # distributed leaves it without annotations
                 n_workers=number,
                 threads_per_worker=1,
@@ -243,10 +172,10 @@ class _PatientNanny(Nanny):
     the process can end at once. If it takes longer, the machine is busy, and dask's default would kill the process.
     """
 
-    async def kill(self, timeout: float = _END_SECONDS, reason: str = "nanny-kill") -> None:
+    async def kill(self, timeout: float = END_SECONDS, reason: str = "nanny-kill") -> None:
         """End the process."""
         if self.process is not None:
-            await self.process.kill(timeout=max(timeout, _END_SECONDS), executor_wait=False, reason=reason)
+            await self.process.kill(timeout=max(timeout, END_SECONDS), executor_wait=False, reason=reason)
 
 
 def _wait_for_worker(connection: Connection, end: float, deadline: float) -> None:

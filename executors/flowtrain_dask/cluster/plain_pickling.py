@@ -6,25 +6,30 @@ A pickle names functions and classes, and calls them when it is read. `PlainPick
 `is_plain`, and `loads` refuses the same names in a file of others. A class of the user is plain if it holds values: an
 event, a phase, an enumeration, a dataclass, a named tuple, a module, or a type with a copier. It is looked up among the
 modules that the program has imported; reading a file imports nothing.
+
+A class of the user is never called either, since a file of others could choose the arguments: its objects are made
+empty, and their attributes are put into them. So no ``__init__``, ``__post_init__`` or ``__setstate__`` of the user
+runs, no property is set, and no method of a container is called. What does run is the ``__hash__`` and ``__eq__`` of an
+object that is the key of a dict.
 """
 
 from __future__ import annotations
 
 import collections
+import copyreg
 import dataclasses
 import datetime
 import decimal
 import enum
 import fractions
-import functools
 import io
 import pathlib
 import pickle
 import sys
 import types
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 import torch._utils
@@ -32,6 +37,7 @@ from torch import nn
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
+from flowtrain.data.nested import attributes, set_attributes
 from flowtrain.state.readonly import itself
 from flowtrain_dask.cluster import pickling
 from flowtrain_dask.cluster.pickling import ValuePickler
@@ -43,7 +49,7 @@ __all__ = ["PlainPickler", "is_plain", "loads"]
 _TYPES = frozenset({
     object, type(None), bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice,
     range, collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque,
-    types.SimpleNamespace, functools.partial,
+    types.SimpleNamespace,
     datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal,
     fractions.Fraction, uuid.UUID, pathlib.Path, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePath,
     pathlib.PurePosixPath, pathlib.PureWindowsPath, torch.Size, torch.device, torch.Tensor, nn.Parameter,
@@ -86,12 +92,18 @@ class PlainPickler(ValuePickler):
     """
 
     def reducer_override(self, obj: Any) -> Any:
-        """Return how an object is made again; a class or function by its name, never by its code."""
+        """Return how an object is made again; a class or function by its name, never by its code.
+
+        Raises:
+            TypeError: The class of the object, or the function, cannot be in a file without code.
+        """
         if isinstance(obj, (type, types.FunctionType, types.BuiltinFunctionType)):
             if not is_plain(obj) or _named(obj.__module__, obj.__qualname__) is not obj:
                 raise TypeError(f"{obj.__module__}.{obj.__qualname__} cannot be in a file without code")
             return NotImplemented
-        return super().reducer_override(obj)
+        if not is_plain(type(obj)) or _is_own(type(obj)):
+            return super().reducer_override(obj)
+        return _taken_apart(obj)
 
     def _reduce_tensor(self, tensor: torch.Tensor) -> Any:
         reduced = super()._reduce_tensor(tensor)
@@ -118,7 +130,86 @@ def _named(module: str | None, name: str) -> Any:
     return found
 
 
-class _PlainUnpickler(pickle.Unpickler):
+def _is_own(kind: Any) -> bool:
+    """Tell whether an object is a class of Python, NumPy, torch or flowtrain, which makes its objects itself."""
+    if not isinstance(kind, type):
+        return False
+    return kind in _TYPES or kind.__module__.startswith(_OWN) or kind.__module__.partition(".")[0] == "numpy"
+
+
+def _restores_itself(kind: type) -> bool:
+    """Tell whether the ``__setstate__`` of a class is torch's, as that of a recurrent layer, which it needs."""
+    return (getattr(getattr(kind, "__setstate__", None), "__module__", None) or "").startswith("torch.nn.modules.")
+
+
+def _container_of(kind: type) -> type | None:
+    """Return the container of Python that a class is derived from; ``None`` if it holds attributes alone."""
+    return next((each for each in (collections.OrderedDict, dict, tuple) if issubclass(kind, each)), None)
+
+
+def _taken_apart(obj: Any) -> Any:
+    """Return an object of a class of the user as its class, its attributes and its items.
+
+    Raises:
+        TypeError: It has more than these.
+    """
+    kind, base = type(obj), _container_of(type(obj))
+    if isinstance(obj, enum.Enum):
+        if obj.name not in kind.__members__:
+            raise TypeError(f"{obj!r}, which is several members, cannot be in a file without code")
+        return kind, (obj.value,)
+    if isinstance(obj, Phase):
+        return kind, ()
+    own = obj.__getstate__() if _restores_itself(kind) else attributes(obj)
+    items = iter(dict.items(obj)) if base is not None and issubclass(base, dict) else None
+    arguments = (tuple(obj),) if base is tuple else ()
+    _empty(kind, arguments)
+    return copyreg.__newobj__, (kind, *arguments), own, None, items  # type: ignore[attr-defined]  # not in the stubs
+
+
+def _empty(kind: Any, arguments: Sequence[Any]) -> Any:
+    """Return an object of a class of the user without calling anything of it.
+
+    Raises:
+        TypeError: The class is derived from another one that is written in C.
+        UnpicklingError: There are arguments for a class that takes none.
+    """
+    base = _container_of(kind)
+    if arguments and base is not tuple:
+        raise pickle.UnpicklingError(f"it calls {kind.__module__}.{kind.__qualname__}")
+    return (base or object).__new__(kind, *arguments)
+
+
+def _member(kind: type[enum.Enum], value: Any) -> enum.Enum:
+    """Return the member of an enumeration, whose own ways to find one are not asked.
+
+    Raises:
+        UnpicklingError: It has no such member.
+    """
+    found = next((each for each in kind.__members__.values() if each.value == value), None)
+    if found is None:
+        raise pickle.UnpicklingError(
+            f"it calls {kind.__module__}.{kind.__qualname__} with {value!r}, which is none of its members"
+        )
+    return found
+
+
+_Base: Any = pickle._Unpickler
+"""The unpickler that is written in Python. A subclass of it decides what each instruction of a pickle may do."""
+
+
+class _PlainUnpickler(_Base):  # type: ignore[misc]  # the interpreter's own annotations leave out what is used here
+    """Reads a pickle, and calls only functions of `_FUNCTIONS` and classes of `_is_own`.
+
+    Each method with an underscore does one instruction, with the objects on the stack of the unpickler.
+    """
+
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Base.dispatch)
+
+    def __init__(self, file: io.BytesIO, *, buffers: Iterable[Any]) -> None:
+        super().__init__(file, buffers=buffers)
+        self._made: dict[int, Any] = {}  # the objects of classes of the user that are being filled, by their ids
+
     def find_class(self, module: str, name: str) -> Any:
         """Return the function or class of a name.
 
@@ -129,6 +220,86 @@ class _PlainUnpickler(pickle.Unpickler):
         if found is None or not is_plain(found):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no type of a value, or is not imported")
         return found
+
+    def _call(self) -> None:
+        arguments, found = self.stack.pop(), self.stack.pop()
+        if not isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
+            raise pickle.UnpicklingError(f"it calls an object of type {type(found).__name__}")
+        if not isinstance(found, type) or _is_own(found):
+            if found is pickling._set_attributes and not isinstance(arguments[0], torch.Tensor):
+                raise pickle.UnpicklingError(f"it changes an object of type {type(arguments[0]).__name__}")
+            self.append(found(*arguments))
+        elif issubclass(found, enum.Enum) and len(arguments) == 1:
+            self.append(_member(found, arguments[0]))
+        elif issubclass(found, Phase) and not arguments:
+            self.append(Phase.__new__(found))
+        else:
+            raise pickle.UnpicklingError(f"it calls {found.__module__}.{found.__qualname__}")
+
+    def _make(self) -> None:
+        arguments, kind = self.stack.pop(), self.stack.pop()
+        if _is_own(kind):
+            made = kind.__new__(kind, *arguments)
+        else:
+            made = _empty(kind, arguments)
+            self._made[id(made)] = made
+        self.append(made)
+
+    def _set_state(self) -> None:
+        value = self.stack[-2]
+        if id(value) not in self._made and (isinstance(value, Phase) or not _is_own(type(value))):
+            raise pickle.UnpicklingError(f"it changes {value!r}, which it has not made")
+        if id(value) not in self._made or _restores_itself(type(value)):
+            _Base.load_build(self)
+        else:
+            state = self.stack.pop()
+            own, slots = state if isinstance(state, tuple) else (state, None)
+            set_attributes(value, {**(own or {}), **(slots or {})})
+
+    def _set_items(self) -> None:
+        self._enter(self.pop_mark())
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._enter([key, value])
+
+    def _enter(self, items: Sequence[Any]) -> None:
+        target = self.stack[-1]
+        base: Any = _container_of(type(target)) if id(target) in self._made else type(target)
+        if base is None or not _is_own(base):
+            raise pickle.UnpicklingError(f"it puts items into an object of type {type(target).__name__}")
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            base.__setitem__(target, key, value)
+
+    def _refuse(self) -> None:
+        raise pickle.UnpicklingError("it has an instruction that files of flowtrain do not have")
+
+    for _code in (pickle.OBJ, pickle.INST, pickle.NEWOBJ_EX, pickle.EXT1, pickle.EXT2, pickle.EXT4):
+        dispatch[_code[0]] = _refuse
+    dispatch[pickle.REDUCE[0]] = _call
+    dispatch[pickle.NEWOBJ[0]] = _make
+    dispatch[pickle.BUILD[0]] = _set_state
+    dispatch[pickle.SETITEMS[0]] = _set_items
+    dispatch[pickle.SETITEM[0]] = _set_item
+
+
+def _into_own(code: bytes, target: Callable[[Any], Any]) -> None:
+    """Let an instruction add elements only to containers of Python and flowtrain, whose methods it calls."""
+    original = _Base.dispatch[code[0]]
+
+    def add(unpickler: Any) -> None:
+        """Do the instruction."""
+        kind = type(target(unpickler))
+        if not _is_own(kind):
+            raise pickle.UnpicklingError(f"it adds elements to an object of type {kind.__name__}")
+        original(unpickler)
+
+    _PlainUnpickler.dispatch[code[0]] = add
+
+
+_into_own(pickle.APPEND, lambda unpickler: unpickler.stack[-2])
+_into_own(pickle.APPENDS, lambda unpickler: unpickler.metastack[-1][-1])
+_into_own(pickle.ADDITEMS, lambda unpickler: unpickler.metastack[-1][-1])
 
 
 def loads(blob: bytes | memoryview, *, buffers: Iterable[Any] = ()) -> Any:

@@ -5,12 +5,13 @@ bytes, and a *log* of the events since then. A small state comes back with every
 state stays on the worker, and is asked for from time to time. If that worker is lost, another worker gets the saved
 state and the log. It runs those events again, and the lane drops their records by their sequence numbers.
 
-If the cluster is lost, the callbacks of this process get the saved state, and this process runs the log and all further
-events.
+If the cluster is lost, the callbacks of this process get the saved state, and this process runs the log and the events
+that follow. When the cluster is back, the lane begins there anew with the state of the callbacks of this process.
 """
 
 from __future__ import annotations
 
+import logging
 import pickle
 import secrets
 import time
@@ -22,12 +23,14 @@ from flowtrain_dask.cluster.block import Block, Place, possible
 from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, load_state, shared_objects
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
 from flowtrain_dask.cluster.codec import Encoded, dump_entries
-from flowtrain_dask.cluster.connect import Connection
-from flowtrain_dask.cluster.worker import Assignment, Reply, Versions, versions
+from flowtrain_dask.cluster.connection import Connection
+from flowtrain_dask.cluster.worker import Assignment, Reply, different, versions
 from flowtrain_dask.lanes.transport import Abandoned, LaneContext, OnLoss, ThreadTransport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job, run_entries
 
 __all__ = ["ClusterTransport"]
+
+_logger = logging.getLogger("flowtrain")
 
 _SMALL = 64 << 10
 """Bytes. A state up to this size comes back with every batch."""
@@ -63,7 +66,7 @@ class ClusterTransport:
         linger: float = 1.0,
         patience: Patience | None = None,
     ) -> None:
-        self.linger = linger
+        self.linger = self._linger = linger
         self._job = job
         self._callbacks = callbacks
         self._connection = connection
@@ -72,7 +75,8 @@ class ClusterTransport:
         self._shared_objects = shared_objects(job, callbacks)
         self._packed_job = b""
         self._versions = versions()
-        self._local: ThreadTransport | None = None
+        self._local: ThreadTransport | None = None  # runs the events while the cluster is lost
+        self._refused: object = None  # the client with which the lane could not go back
         # The state after `_seen` events is on `_worker`, the saved state is that after `_seen - len(_log)` events.
         self._token = ""
         self._seen = 0
@@ -111,8 +115,12 @@ class ClusterTransport:
             ExecutorError: A callback does not pickle, the versions differ, or no worker does a first task in time.
         """
         check_can_be_sent(self._job, self._callbacks)
+        if self._connection.lost and self._on_loss == "local":
+            return  # the lane begins in this process, and has its first task when the cluster is back
         try:
             self._exchange((), LaneContext(time.monotonic() + timeout), wants_state=True)
+        except _OtherVersions as other:
+            raise ExecutorError(str(other)) from other
         except ClusterLost as lost:
             raise ExecutorError(
                 f"The cluster at {self._connection.address} was lost before training began: {lost}. Start the "
@@ -129,15 +137,17 @@ class ClusterTransport:
         """Run a batch on a worker, or in this process if the cluster is lost.
 
         Raises:
-            ExecutorError: The cluster is lost and this process must not run the events, or the versions differ.
+            ExecutorError: The cluster is lost and this process must not run the events.
         """
-        if self._local is None:
-            try:
-                return self._exchange(entries, context, wants_state=self._wants_state(entries))
-            except ClusterLost as lost:
-                return self._continue_here(lost, entries, context)
-        context.counts.local += len(entries)
-        return self._local.run_batch(entries, context)
+        if self._local is not None and not self._goes_back(context):
+            result = self._local.run_batch(entries, context)
+            context.counts.local += result.done
+            return result
+        client = self._connection.client
+        try:
+            return self._exchange(entries, context, wants_state=self._wants_state(entries))
+        except ClusterLost as lost:
+            return self._continue_here(lost, client, entries, context)
 
     def bring_state_back(self, context: LaneContext) -> None:
         """Give the callbacks the attributes that they have on the worker.
@@ -147,11 +157,12 @@ class ClusterTransport:
         """
         if self._local is not None or self._saved is None:
             return
+        client = self._connection.client
         try:
             if self._log:
                 self._exchange((), context, wants_state=True)
         except ClusterLost as lost:
-            failure = self._continue_here(lost, (), context).failure
+            failure = self._continue_here(lost, client, (), context).failure
         else:
             load_state(self._callbacks, self._shared_objects, self._saved)
             self._saved = None  # the next batch starts from the callbacks, which the user may change meanwhile
@@ -170,6 +181,7 @@ class ClusterTransport:
         """Free the memory of the block. The connection stays open."""
         if self._block is not None:
             self._block.close()
+            self._block = None
 
     def _wants_state(self, entries: Sequence[Entry]) -> bool:
         """Return whether the state is to come back with the next batch."""
@@ -181,6 +193,8 @@ class ClusterTransport:
 
     def _exchange(self, entries: Sequence[Entry], context: LaneContext, *, wants_state: bool) -> BatchResult:
         """Have entries run on a worker, and take note of where the state is afterwards."""
+        if self._connection.lost:
+            raise ClusterLost(self._connection.lost)
         if self._saved is None:
             self._saved = dump_state(self._callbacks, self._shared_objects)
             self._packed_job = dump_job(self._job, self._callbacks)
@@ -281,19 +295,22 @@ class ClusterTransport:
         """Raise for a reply that another attempt would give again.
 
         Raises:
-            ExecutorError: The versions differ, or the worker cannot unpickle the assignment.
+            ClusterLost: The versions differ.
+            ExecutorError: The worker cannot unpickle the assignment.
         """
         at = f"worker {reply.address} of {self._connection.address}" if reply.address else self._connection.address
         if reply.kind == "versions":
-            raise ExecutorError(_different(self._versions, reply.versions, at))
+            raise _OtherVersions(different(self._versions, reply.versions, at))
         if reply.kind == "not picklable":
             raise ExecutorError(
                 f"Lane {self._job.lane} cannot run on {at}: {reply.text}. What its callbacks import must be installed "
                 f"there."
             )
 
-    def _continue_here(self, lost: ClusterLost, entries: Sequence[Entry], context: LaneContext) -> BatchResult:
-        """Continue in this process from the saved state, for the rest of the lane's life.
+    def _continue_here(
+        self, lost: ClusterLost, client: object, entries: Sequence[Entry], context: LaneContext
+    ) -> BatchResult:
+        """Continue in this process from the saved state, until the cluster is back.
 
         Raises:
             ExecutorError: This process must not run the events.
@@ -310,6 +327,7 @@ class ClusterTransport:
                 f"The cluster at {self._connection.address} was lost during training ({lost}), and with it "
                 f"{len(entries) + len(self._log)} events of lane {self._job.lane}. {remedy}"
             ) from lost
+        self._connection.lose(str(lost), client)
         if self._saved is not None:
             load_state(self._callbacks, self._shared_objects, self._saved)
         self._saved = None
@@ -322,16 +340,35 @@ class ClusterTransport:
         result = run_entries(self._callbacks, job, [*self._log, *entries], job.run, job.lane, context.gate)
         result.done = max(0, result.done - again)
         context.counts.replays += again
-        context.counts.local += len(entries)
+        context.counts.local += result.done
         self._log = []
         return result
 
+    def _goes_back(self, context: LaneContext) -> bool:
+        """Go back to the cluster if it is back, with a first task as when the lane was opened; return whether it went.
 
-def _different(here: Versions, there: Versions, at: str) -> str:
-    names = here.differences(there)
-    ours = ", ".join(f"{name} {getattr(here, name)}" for name in names)
-    theirs = ", ".join(f"{name} {getattr(there, name)}" for name in names)
-    return (
-        f"This process has {ours}, but {at} has {theirs}. Code and tensors travel between them as bytes, so they must "
-        f"be the same: install the same version on both."
-    )
+        The callbacks of this process have the state after all events so far, so the lane begins anew with it.
+        """
+        client = self._connection.client
+        if self._connection.lost or client is self._refused:
+            return False
+        self._same_machine = possible()
+        try:
+            check_can_be_sent(self._job, self._callbacks)
+            self._exchange((), context, wants_state=True)
+        except BaseException as failure:
+            self._saved = None  # the callbacks of this process have the state, as before
+            if isinstance(failure, ClusterLost):
+                self._connection.lose(str(failure), client)
+            elif isinstance(failure, ExecutorError):
+                self._refused = client
+                _logger.warning("flowtrain: lane %s does not go back to the cluster: %s", self._job.lane, failure)
+            else:
+                raise
+            return False
+        self._local, self.linger = None, self._linger
+        return True
+
+
+class _OtherVersions(ClusterLost):
+    """A worker has other versions. Before training that is an error; in training its cluster is taken for lost."""

@@ -38,7 +38,16 @@ from flowtrain_dask.cluster.codec import load_entries
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job, Record, run_entries
 
-__all__ = ["Assignment", "Reply", "Versions", "dask_setup", "leave_random_numbers_alone", "run_assignment", "versions"]
+__all__ = [
+    "Assignment",
+    "Reply",
+    "Versions",
+    "dask_setup",
+    "different",
+    "leave_random_numbers_alone",
+    "run_assignment",
+    "versions",
+]
 
 
 class Versions(NamedTuple):
@@ -60,6 +69,23 @@ def versions() -> Versions:
     except metadata.PackageNotFoundError:
         flowtrain = "a checkout"
     return Versions(".".join(platform.python_version_tuple()[:2]), torch.__version__.partition("+")[0], flowtrain)
+
+
+def different(here: Versions, there: Versions, at: str) -> str:
+    """Return the sentences that say in what the versions of this process and of a worker differ.
+
+    Args:
+        here: The versions of this process.
+        there: The versions of the worker.
+        at: The worker, as the text is to name it.
+    """
+    names = here.differences(there)
+    ours = ", ".join(f"{name} {getattr(here, name)}" for name in names)
+    theirs = ", ".join(f"{name} {getattr(there, name)}" for name in names)
+    return (
+        f"This process has {ours}, but {at} has {theirs}. Code and tensors travel between them as bytes, so they must "
+        f"be the same: install the same version on both."
+    )
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flowtrain_dask.deferred.preparing import Defer, Options, check_options, val
 from flowtrain_dask.deferred.shutdown import Teardown
 from flowtrain_dask.deferred.waiting import finish, saved
 from flowtrain_dask.lanes.lane_set import LaneSet
-from flowtrain_dask.lanes.report import LaneReport, Report
+from flowtrain_dask.lanes.report import LaneReport, Outage, Report, uncounted
 
 __all__ = ["DeferredCallbacks"]
 
@@ -65,6 +65,7 @@ class DeferredCallbacks:
         self._sequences: dict[str, int] = {}
         self._past: tuple[LaneReport, ...] = ()
         self._logged: list[str] = []
+        self._outages: Sequence[Outage] = ()  # of the connection, also after it is closed
         self.stale: set[PlanKey] = set()
         weakref.finalize(self, self._teardown.drop).atexit = False  # for a learner that nobody closes
 
@@ -84,9 +85,10 @@ class DeferredCallbacks:
                     f"DaskExecutor({self._cluster!r}) needs {error.name}, which is not installed: "
                     f"pip install 'flowtrain[dask]'. DaskExecutor() defers to threads and does not need it."
                 ) from error
-            self._teardown.connection = connect(
+            self._teardown.connection = connection = connect(
                 self._cluster, self._options.drain_timeout, resources=self._resources or None
             )
+            self._outages = [] if connection is None else connection.outages
         validate(deferral, state, self._options, self._teardown.connection)
         self.flush()
         self._decided = tuple(nodes), deferral
@@ -138,7 +140,7 @@ class DeferredCallbacks:
         self.flush(_SHORT)
         lanes = () if self._teardown.lanes is None else self._teardown.lanes.lanes
         waiting = saved(lanes, self._options.drain_timeout)
-        self._log_troubles()
+        self._log_troubles(counts=False)
         sequences = self.sequences
         counts = {name: sequences[name] - each["count"] for name, each in waiting.items()}
         return {"sequences": {**sequences, **counts}, "waiting": waiting}
@@ -152,12 +154,13 @@ class DeferredCallbacks:
     def dashboard_link(self) -> str | None:
         """The address of dask's dashboard; ``None`` without a cluster."""
         connection = self._teardown.connection
-        return None if connection is None else str(connection.client.dashboard_link)
+        return None if connection is None or connection.lost else str(connection.client.dashboard_link)
 
     def report(self) -> Report:
         """Return the counts of all lanes; those from before a change of callbacks come first."""
         lanes = () if self._teardown.lanes is None else self._teardown.lanes.report()
-        return Report(self._past + lanes, () if self._placements is None else self._placements.report())
+        places = () if self._placements is None else self._placements.report()
+        return Report(self._past + lanes, places, tuple(map(replace, self._outages)))
 
     def costs(self, plan: Plan) -> dict[int, float]:
         """Return the measured seconds that handlers of deferrable callbacks cost the event of a plan, by position."""
@@ -188,7 +191,7 @@ class DeferredCallbacks:
             # Again, because `FitEnd` runs after a failure was raised, and may fail as well.
         if patience is None:
             lanes.log_pending(limit)
-        self._log_troubles()
+        self._log_troubles(counts=patience is None)
         if failures:
             raise_worst(failures)
 
@@ -205,9 +208,10 @@ class DeferredCallbacks:
             if self._placements is not None:
                 self._placements.release()
 
-    def _log_troubles(self) -> None:
-        """Log the problems of the lanes, unless they are the same as the last time."""
+    def _log_troubles(self, *, counts: bool) -> None:
+        """Log the problems of the lanes if there is a new one, or with `counts` if there is more of a known one."""
         troubles = [] if self._teardown.lanes is None else Report(self._teardown.lanes.report()).troubles()
-        if troubles and troubles != self._logged:
-            _logger.warning("flowtrain: %s", "; ".join(troubles))
-        self._logged = troubles
+        if troubles != self._logged and (counts or uncounted(troubles) != uncounted(self._logged)):
+            if troubles:
+                _logger.warning("flowtrain: %s", "; ".join(troubles))
+            self._logged = troubles

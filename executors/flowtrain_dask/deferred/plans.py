@@ -37,7 +37,7 @@ from flowtrain_dask.snapshots.taker import CopiesOfFiring, Taker, copy_groups
 __all__ = ["Placements"]
 
 if TYPE_CHECKING:
-    from flowtrain_dask.cluster.connect import Connection
+    from flowtrain_dask.cluster.connection import Connection
 
 
 class Placements:

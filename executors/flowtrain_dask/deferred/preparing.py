@@ -40,7 +40,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:  # distributed takes most of a second to import, and threads do without it
-    from flowtrain_dask.cluster.connect import Connection
+    from flowtrain_dask.cluster.connection import Connection
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from weakref import WeakSet
 from flowtrain_dask.lanes.lane_set import LaneSet
 
 if TYPE_CHECKING:
-    from flowtrain_dask.cluster.connect import Connection
+    from flowtrain_dask.cluster.connection import Connection
 
 __all__ = ["Teardown"]
 

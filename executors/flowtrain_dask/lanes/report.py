@@ -6,11 +6,13 @@ the numbers at one moment, for the user.
 
 from __future__ import annotations
 
+import re
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
-__all__ = ["LaneCounts", "LaneReport", "PlaceReport", "Report", "Stall"]
+__all__ = ["LaneCounts", "LaneReport", "Outage", "PlaceReport", "Report", "Stall", "uncounted"]
 
 
 @dataclass
@@ -140,6 +142,38 @@ class PlaceReport:
     handing_over: float | None
 
 
+@dataclass
+class Outage:
+    """A time in which the cluster was lost, and this process ran the events of its lanes.
+
+    Attributes:
+        address: The address of the scheduler.
+        lost: When a lane noticed it, in seconds since 1970.
+        why: The reason.
+        back: When the cluster was back; ``None`` if it is not yet.
+        refused: Why the cluster was back and not used; empty if it was not, or nothing was wrong.
+    """
+
+    address: str
+    lost: float
+    why: str
+    back: float | None = None
+    refused: str = ""
+
+    def __str__(self) -> str:
+        text = f"the cluster at {self.address} was lost at {_at(self.lost)} ({self.why})"
+        if self.back is not None:
+            return f"{text}, and was back at {_at(self.back)}"
+        return f"{text}; it is back, and is not used: {self.refused}" if self.refused else f"{text}, and is not back"
+
+
+def _at(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when))
+
+
+_SHOWN = 3
+"""How many times without the cluster are shown."""
+
 _HEAD = ("lane", "where", "events", "done", "pending", "MiB", "dropped", "records")
 
 
@@ -150,10 +184,13 @@ class Report:
     Attributes:
         lanes: The numbers of each lane that has had an event.
         places: Where the callbacks of each lane run and why; empty unless cost decides (``defer="auto"``).
+        outages: The times without the cluster. How many events this process ran in them is in ``counts.local`` of each
+            lane.
     """
 
     lanes: tuple[LaneReport, ...] = ()
     places: tuple[PlaceReport, ...] = ()
+    outages: tuple[Outage, ...] = ()
 
     @property
     def dropped(self) -> int:
@@ -172,12 +209,20 @@ class Report:
 
     def troubles(self) -> list[str]:
         """Return a line for each problem that a user should know of: waits, dropped events, restarts, errors."""
-        return [line for lane in self.lanes for line in lane.troubles()]
+        earlier = len(self.outages) - _SHOWN
+        lines = [f"the cluster was lost {earlier:,} times before"] if earlier > 0 else []
+        lines += map(str, self.outages[-_SHOWN:])
+        return [*lines, *(line for lane in self.lanes for line in lane.troubles())]
 
     def __str__(self) -> str:
         table = _table([_HEAD, *map(_row, self.lanes)]) if self.lanes else ["no deferred callbacks"]
         places = [f"  {each.lane}: {each.where}: {each.why}" for each in self.places]
         return "\n".join([*table, *places, *(f"  {line}" for line in self.troubles())])
+
+
+def uncounted(troubles: Sequence[str]) -> list[str]:
+    """Return lines of `Report.troubles` without their numbers, to tell a new problem from more of a known one."""
+    return [re.sub(r"\d[\d,.]*", "", line) for line in troubles]
 
 
 def _row(lane: LaneReport) -> tuple[str, ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from flowtrain_dask.cluster.connect import Connection, connect
+from flowtrain_dask.cluster.connect import connect
+from flowtrain_dask.cluster.connection import Connection
 from tests.support.dask_processes import DaskProcesses
 
 

@@ -17,7 +17,8 @@ import pytest
 
 from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
-from flowtrain_dask.cluster.connect import Connection, connect
+from flowtrain_dask.cluster.connect import connect
+from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.worker import Assignment, Reply, versions
 from flowtrain_dask.lanes.transport import Abandoned
 from tests.support.transports import StoppedBy

@@ -19,7 +19,8 @@ from distributed import Client
 from distributed.core import Status
 
 from flowtrain.errors import ExecutorError
-from flowtrain_dask.cluster.connect import Connection, connect, uninterrupted
+from flowtrain_dask.cluster.connect import connect, uninterrupted
+from flowtrain_dask.cluster.connection import Connection
 from tests.support.interrupts import interrupted
 from tests.support.waiting import wait_for
 

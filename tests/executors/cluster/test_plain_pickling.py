@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import enum
 import os
 import pickle
@@ -23,6 +24,7 @@ from flowtrain.state.parameters import NamedTensors
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask import register_copier
 from flowtrain_dask.cluster.codec import Encoded, decode, encode
+from flowtrain_dask.cluster.pickling import _set_attributes
 from flowtrain_dask.cluster.plain_pickling import PlainPickler, loads
 
 
@@ -49,6 +51,13 @@ class Point(NamedTuple):
 
 class Warm(BatchEnd):
     """An event of a user."""
+
+
+@dataclass(init=False)
+class Line(str):
+    """A dataclass that is a text as well."""
+
+    extra: int = 0
 
 
 class Own:
@@ -199,6 +208,185 @@ def test_a_file_of_others_calls_nothing(evil: Evil, named: str) -> None:
     with pytest.raises(pickle.UnpicklingError, match="which is no type of a value, or is not imported") as caught:
         loads(pickle.dumps([evil]))
     assert named in str(caught.value)
+
+
+RAN: list[str] = []
+"""The code of classes that was run."""
+
+
+def watched(kind: Any) -> Any:
+    """Let every method of a class note that it has run."""
+
+    def noting(name: str) -> Callable[..., Any]:
+        def run(self: Any, *arguments: Any, **options: Any) -> Any:
+            RAN.append(f"{kind.__name__}.{name}")
+            return {}
+
+        return run
+
+    for name in ("__init__", "__post_init__", "__setstate__", "__getstate__", "__reduce__", "__setattr__", "__call__"):
+        setattr(kind, name, noting(name))
+    if issubclass(kind, dict):
+        kind.__setitem__ = noting("__setitem__")
+    if not issubclass(kind, Phase):
+        kind.__new__ = noting("__new__")
+    kind.prop = property(noting("prop"), noting("prop"))
+    return kind
+
+
+@watched
+@dataclass
+class Watched:
+    """A dataclass of a user."""
+
+    value: Any = None
+
+
+@watched
+@dataclass
+class Output(collections.OrderedDict[str, Any]):
+    """A dataclass that is a dict as well, as the outputs of models of transformers are."""
+
+    value: Any = None
+
+
+@watched
+class WatchedPoint(Point):
+    """A named tuple of a user."""
+
+
+@watched
+class WatchedModule(torch.nn.Module):
+    """A module of a user."""
+
+
+@watched
+class WatchedEvent(BatchEnd):
+    """An event of a user."""
+
+
+@watched
+class WatchedPhase(Phase):
+    """A phase of a user."""
+
+
+class WatchedEnum(enum.Enum):
+    """An enumeration of a user."""
+
+    ONE = 1
+
+    @classmethod
+    def _missing_(cls, value: object) -> Any:
+        RAN.append("WatchedEnum._missing_")
+
+
+CLASSES: list[Any] = [Watched, Output, WatchedPoint, WatchedModule, WatchedEvent, WatchedPhase]
+
+
+def made(kind: Any) -> Any:
+    """Return an object of a class with an attribute, without calling anything of it."""
+    if kind is WatchedPhase:
+        return Phase.__new__(kind)
+    if kind is WatchedPoint:
+        found: Any = tuple.__new__(kind, (1, 2))
+    else:
+        base: Any = collections.OrderedDict if kind is Output else object
+        found = base.__new__(kind)
+    vars(found)["value"] = [torch.ones(2)]
+    if kind is Output:
+        collections.OrderedDict.__setitem__(found, "value", 3)
+    return found
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_no_code_of_a_class_runs_when_its_objects_come_back(kind: Any) -> None:
+    RAN.clear()
+    one = made(kind)
+    first, second = through([one, one])
+    assert first is second
+    assert type(first) is kind
+    if kind is WatchedPhase:
+        assert first is one
+    else:
+        assert torch.equal(vars(first)["value"][0], torch.ones(2))
+    if kind is Output:
+        assert [*collections.OrderedDict.items(first)] == [("value", 3)]
+    if kind is WatchedPoint:
+        assert tuple(first) == (1, 2)
+    assert RAN == []
+
+
+def pickle_of(*parts: bytes | tuple[str, str] | object) -> bytes:
+    """Return a pickle of instructions as bytes, and of classes by their objects."""
+    blob = b"\x80\x05"
+    for part in parts:
+        if isinstance(part, bytes):
+            blob += part
+        else:
+            kind: Any = part
+            blob += f"c{kind.__module__}\n{kind.__qualname__}\n".encode()
+    return blob + b"."
+
+
+HOSTILE: list[tuple[str, Callable[[Any], bytes]]] = [
+    ("it calls it", lambda kind: pickle_of(kind, b"(K\x01t", pickle.REDUCE)),
+    ("it calls it without arguments", lambda kind: pickle_of(kind, b")", pickle.REDUCE)),
+    ("it makes it with arguments", lambda kind: pickle_of(kind, b"(K\x01K\x02K\x03t", pickle.NEWOBJ)),
+    ("it makes it with names", lambda kind: pickle_of(kind, b")}", pickle.NEWOBJ_EX)),
+    ("it makes it the old way", lambda kind: pickle_of(b"(", kind, b"K\x01", pickle.OBJ)),
+    ("it calls its object", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b")", pickle.REDUCE)),
+    ("it sets items", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"K\x01K\x02", pickle.SETITEM)),
+    ("it sets many items", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"(K\x01K\x02", pickle.SETITEMS)),
+    ("it appends", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"K\x01", pickle.APPEND)),
+    ("it extends", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"(K\x01", pickle.APPENDS)),
+    ("it adds", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"(K\x01", pickle.ADDITEMS)),
+    ("it changes the class", lambda kind: pickle_of(kind, b"}", pickle.BUILD)),
+    ("it sets a property", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"}X\x04\0\0\0propK\x01s", pickle.BUILD)),
+]
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("number", range(len(HOSTILE)), ids=[what for what, _ in HOSTILE])
+def test_a_file_of_others_runs_no_code_of_a_class_that_is_imported(kind: Any, number: int) -> None:
+    RAN.clear()
+    blob = HOSTILE[number][1](kind)
+    with contextlib.suppress(pickle.UnpicklingError, TypeError, AttributeError):
+        loads(blob)
+    assert RAN == []
+
+
+def test_a_file_of_others_changes_nothing_that_it_has_not_made() -> None:
+    """Phases and members of enumerations are one object for the whole program."""
+    for kind, arguments in ((TrainingPhase, b")"), (Colour, b"(K\x01t"), (Pair, b"")):
+        makes = (kind, arguments, pickle.REDUCE) if arguments else (kind,)
+        with pytest.raises(pickle.UnpicklingError, match=r"it changes .*, which it has not made"):
+            loads(pickle_of(*makes, b"}X\x01\0\0\0aK\x01s", pickle.BUILD))
+    setter = pickle_of(_set_attributes, b"(", Colour, b"(K\x01t", pickle.REDUCE, b"}t", pickle.REDUCE)
+    with pytest.raises(pickle.UnpicklingError, match="it changes an object of type Colour"):
+        loads(setter)
+    with pytest.raises(pickle.UnpicklingError, match=r"it calls .*WatchedEnum with 7, which is none of its members"):
+        loads(pickle_of(WatchedEnum, b"(K\x07t", pickle.REDUCE))
+    assert "WatchedEnum._missing_" not in RAN
+
+
+def test_torch_modules_that_restore_themselves_come_back() -> None:
+    layer = torch.nn.LSTM(2, 3)
+    found = through(layer)
+    assert torch.equal(found(torch.ones(1, 1, 2))[0], layer(torch.ones(1, 1, 2))[0])
+
+
+def test_a_class_that_is_made_of_more_is_not_written() -> None:
+    """Several members of a flag, and a class that is derived from one that is written in C."""
+
+    class Flags(enum.Flag):
+        """Flags."""
+
+        A = 1
+        B = 2
+
+    for value in (Flags.A | Flags.B, Line("text")):
+        with pytest.raises(TypeError):
+            through([value])
 
 
 def test_the_pickles_for_workers_are_refused() -> None:

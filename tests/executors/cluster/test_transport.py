@@ -17,11 +17,13 @@ import torch
 from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
 from flowtrain.errors import ExecutorError
 from flowtrain.logging.backend import Group, LoggerBackend, Value, identity, log
+from flowtrain_dask.cluster import connection as connection_module
 from flowtrain_dask.cluster import transport as transport_module
 from flowtrain_dask.cluster import worker
 from flowtrain_dask.cluster.block import Block, Place, possible
 from flowtrain_dask.cluster.calls import Patience
-from flowtrain_dask.cluster.connect import Connection, connect
+from flowtrain_dask.cluster.connect import connect
+from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.transport import ClusterTransport
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
@@ -440,3 +442,126 @@ def test_what_does_not_pickle_is_named(connection: Connection, folder: Path) -> 
     untyped(summer).guard = threading.Lock()  # it cannot be pickled
     with pytest.raises(ExecutorError, match=r"Summer cannot be sent .* its attribute 'guard', a lock, does not pickle"):
         Rig(connection, summer)
+
+
+@pytest.mark.parametrize("ballast", [0, 1_000_000])
+def test_a_lane_goes_back_to_a_cluster_that_is_back(
+    make_dask_processes: Callable[[], Any], folder: Path, caplog: pytest.LogCaptureFixture, ballast: int
+) -> None:
+    """Two times the scheduler is another one at the same address; records and state are those of one process."""
+    processes = make_dask_processes()
+    processes.start_worker("0")
+    connection = connect(processes.address, 60)
+    assert connection is not None
+    backend = Memory()
+    summer = Summer(backend, folder, ballast=ballast)
+    rig = Rig(connection, summer, patience=Patience(away=0.5))
+    for turn in range(3):
+        for number in range(20 * turn, 20 * turn + 10):
+            rig.put(number)
+        rig.wait_for(20 * turn + 10)
+        assert at_work(folder) in processes.pids()
+        assert rig.lane.report().where.startswith(connection.address)
+        if turn == 2:
+            break
+        rig.put(20 * turn + 10, sleep=0.2)
+        processes.kill_scheduler()
+        for number in range(20 * turn + 11, 20 * turn + 20):
+            rig.put(number)
+        rig.wait_for(20 * turn + 20)
+        assert at_work(folder) == os.getpid()
+        assert rig.lane.report().where == f"thread ({connection.address} was lost)"
+        assert not [each for each in caplog.records if each.name == "distributed.client" and each.exc_info]
+        processes.start_scheduler()
+        processes.start_worker(f"{turn + 1}")
+        wait_for(lambda: not connection.lost)
+    assert rig.lane.flush(60)
+    rig.lane.raise_failure()
+    assert backend.records == expected(range(50))
+    assert summer.total == int(backend.records[-1].split()[2])
+    assert float(summer.ballast.sum()) == 50.0 * ballast
+    assert getattr(summer.own, "__self__", None) is summer
+    assert rig.lane.report().counts.local in range(18, 21), "the event at work may have been done"
+    assert [each.back is not None and each.back >= each.lost for each in connection.outages] == [True, True]
+    rig.lane.close()
+    connection.close()
+
+
+def test_a_cluster_that_is_back_with_other_versions_is_not_used(
+    make_dask_processes: Callable[[], Any],
+    folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is said once why. A worker with other versions that joins later has the same effect."""
+    monkeypatch.setattr(connection_module, "_LONGEST", 1.0)
+    (folder / "other.py").write_text("import torch\ntorch.__version__ = '0.1'\n")
+    processes = make_dask_processes()
+    processes.start_worker("a")
+    connection = connect(processes.address, 60)
+    assert connection is not None
+    backend = Memory()
+    rig = Rig(connection, Summer(backend, folder), patience=Patience(away=0.5))
+    processes.kill_scheduler()
+    rig.put(0)
+    rig.wait_for(1)
+    processes.start_scheduler()
+    processes.start_worker("wrong", "--preload", str(folder / "other.py"))
+    wait_for(lambda: connection.outages[0].refused)
+    processes.start_worker("right")
+    rig.put(1)
+    rig.wait_for(2)
+    assert at_work(folder) == os.getpid()
+    here = worker.versions().torch
+    assert connection.outages[0].refused.startswith(f"This process has torch {here}, but a worker there has torch 0.1.")
+    processes.kill("wrong")
+    wait_for(lambda: not connection.lost)
+    rig.put(2)
+    rig.wait_for(3)
+    assert at_work(folder) in processes.pids()
+    processes.start_worker("wrong again", "--preload", str(folder / "other.py"))
+    wait_for(lambda: len(connection.workers(10)) == 2)
+    processes.kill("right")
+    rig.put(3)
+    rig.wait_for(4)
+    assert at_work(folder) == os.getpid()
+    assert [each.back is None for each in connection.outages] == [False, True]
+    assert "has torch 0.1" in connection.outages[1].why
+    rig.lane.close()
+    connection.close()
+    said = [each.getMessage() for each in caplog.records if each.name == "flowtrain"]
+    assert sum("is back and is not used" in each for each in said) == 1
+    assert backend.records == expected(range(4))
+
+
+def test_a_lane_whose_callback_does_not_pickle_any_more_stays(
+    connection: Connection, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In this process it could take a lock; the other lane goes back, and the first one after the next loss."""
+    backend, other = Memory(), Memory()
+    summer, fine = Summer(backend, folder, "locked"), Summer(other, folder, "fine")
+    rig, second = Rig(connection, summer), Rig(connection, fine)
+    for lose in range(2):
+        connection.lose("a test", connection.client)
+        rig.put(2 * lose)
+        second.put(2 * lose)
+        rig.wait_for(2 * lose + 1)
+        second.wait_for(2 * lose + 1)
+        if lose == 0:
+            untyped(summer).guard = threading.Lock()
+        wait_for(lambda: not connection.lost)
+        rig.put(2 * lose + 1)
+        second.put(2 * lose + 1)
+        rig.wait_for(2 * lose + 2)
+        second.wait_for(2 * lose + 2)
+        assert rig.lane.report().where.startswith("thread" if lose == 0 else connection.address)
+        assert second.lane.report().where.startswith(connection.address)
+        vars(summer).pop("guard", None)
+    for each, name in ((backend, "locked"), (other, "fine")):
+        assert each.records == expected(range(4), name)
+    for lane in (rig.lane, second.lane):
+        assert lane.flush(60)
+        lane.close()
+    said = [each.getMessage() for each in caplog.records if "does not go back" in each.getMessage()]
+    assert len(said) == 1
+    assert "lane locked does not go back to the cluster: locked cannot be sent to another process" in said[0]

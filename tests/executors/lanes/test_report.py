@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 
-from flowtrain_dask.lanes.report import LaneCounts, LaneReport, Report, Stall
+from flowtrain_dask.lanes.report import LaneCounts, LaneReport, Outage, Report, Stall, uncounted
 
 
 def test_the_table_and_what_a_user_should_know() -> None:
@@ -32,6 +33,32 @@ def test_the_table_and_what_a_user_should_know() -> None:
 
 def test_without_lanes() -> None:
     assert str(Report()) == "no deferred callbacks"
+
+
+def test_the_times_without_the_cluster() -> None:
+    outages = [Outage("tcp://10.0.0.1:8786", 60.0 * number, "it is gone", 60.0 * number + 5) for number in range(4)]
+    outages.append(Outage("tcp://10.0.0.1:8786", 600.0, "it is gone"))
+    times = [time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) for seconds in (120, 125, 180, 185, 600)]
+    lost = "the cluster at tcp://10.0.0.1:8786 was lost at"
+    lines = [
+        "the cluster was lost 2 times before",
+        f"{lost} {times[0]} (it is gone), and was back at {times[1]}",
+        f"{lost} {times[2]} (it is gone), and was back at {times[3]}",
+        f"{lost} {times[4]} (it is gone), and is not back",
+    ]
+    assert Report(outages=tuple(outages)).troubles() == lines
+    outages[-1].refused = "other versions"
+    lines[-1] = f"{lost} {times[4]} (it is gone); it is back, and is not used: other versions"
+    report = Report(outages=tuple(outages))
+    assert str(report).splitlines() == ["no deferred callbacks", *("  " + each for each in lines)]
+
+
+def test_more_of_a_known_problem_is_no_new_one() -> None:
+    def troubles(counts: LaneCounts) -> list[str]:
+        return [*LaneReport("Log", ("Log",), "thread", 9, 9, 0, False, counts).troubles()]
+
+    assert uncounted(troubles(LaneCounts(local=7))) == uncounted(troubles(LaneCounts(local=1_007)))
+    assert uncounted(troubles(LaneCounts(local=7))) != uncounted(troubles(LaneCounts(local=7, skipped=1)))
 
 
 def test_a_copy_does_not_count_on() -> None:
