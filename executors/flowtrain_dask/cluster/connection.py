@@ -158,8 +158,10 @@ class Connection:
                 cluster.close(timeout=2 * END_SECONDS)
 
     def _task(self, client: Client, blob: bytes, key: str, workers: list[str] | None, **options: Any) -> Future[bytes]:
-        where = {"workers": workers, "resources": self.resources, **options}
-        return client.submit(_begin, blob, key=key, pure=False, retries=2, **where)
+        retries, resources = 2, self.resources
+        return client.submit(
+            _begin, blob, key=key, pure=False, retries=retries, workers=workers, resources=resources, **options
+        )
 
     def _usable(self, identity: Any) -> dict[str, Any]:
         """Return the workers that lanes may use, of those that a scheduler has named."""

@@ -22,6 +22,7 @@ import datetime
 import decimal
 import enum
 import fractions
+import functools
 import io
 import pathlib
 import pickle
@@ -49,7 +50,7 @@ __all__ = ["PlainPickler", "is_plain", "loads"]
 _TYPES = frozenset({
     object, type(None), bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset, slice,
     range, collections.OrderedDict, collections.defaultdict, collections.Counter, collections.deque,
-    types.SimpleNamespace,
+    types.SimpleNamespace, functools.partial,
     datetime.date, datetime.datetime, datetime.time, datetime.timedelta, datetime.timezone, decimal.Decimal,
     fractions.Fraction, uuid.UUID, pathlib.Path, pathlib.PosixPath, pathlib.WindowsPath, pathlib.PurePath,
     pathlib.PurePosixPath, pathlib.PureWindowsPath, torch.Size, torch.device, torch.Tensor, nn.Parameter,
@@ -101,6 +102,8 @@ class PlainPickler(ValuePickler):
             if not is_plain(obj) or _named(obj.__module__, obj.__qualname__) is not obj:
                 raise TypeError(f"{obj.__module__}.{obj.__qualname__} cannot be in a file without code")
             return NotImplemented
+        if isinstance(obj, functools.partial) and not _may_be_called(obj.func):
+            raise TypeError(f"{obj!r} cannot be in a file without code")
         if not is_plain(type(obj)) or _is_own(type(obj)):
             return super().reducer_override(obj)
         return _taken_apart(obj)
@@ -135,6 +138,11 @@ def _is_own(kind: Any) -> bool:
     if not isinstance(kind, type):
         return False
     return kind in _TYPES or kind.__module__.startswith(_OWN) or kind.__module__.partition(".")[0] == "numpy"
+
+
+def _may_be_called(found: Any) -> bool:
+    """Tell whether an object is a plain function, or a class that makes its objects itself."""
+    return _is_own(found) or (isinstance(found, (types.FunctionType, types.BuiltinFunctionType)) and is_plain(found))
 
 
 def _restores_itself(kind: type) -> bool:
@@ -176,7 +184,7 @@ def _empty(kind: Any, arguments: Sequence[Any]) -> Any:
     """
     base = _container_of(kind)
     if arguments and base is not tuple:
-        raise pickle.UnpicklingError(f"it calls {kind.__module__}.{kind.__qualname__}")
+        raise pickle.UnpicklingError(f"it calls {kind.__qualname__}")
     return (base or object).__new__(kind, *arguments)
 
 
@@ -188,9 +196,7 @@ def _member(kind: type[enum.Enum], value: Any) -> enum.Enum:
     """
     found = next((each for each in kind.__members__.values() if each.value == value), None)
     if found is None:
-        raise pickle.UnpicklingError(
-            f"it calls {kind.__module__}.{kind.__qualname__} with {value!r}, which is none of its members"
-        )
+        raise pickle.UnpicklingError(f"it calls {kind.__qualname__} with {value!r}, which is none of its members")
     return found
 
 
@@ -223,18 +229,18 @@ class _PlainUnpickler(_Base):  # type: ignore[misc]  # the interpreter's own ann
 
     def _call(self) -> None:
         arguments, found = self.stack.pop(), self.stack.pop()
-        if not isinstance(found, (type, types.FunctionType, types.BuiltinFunctionType)):
-            raise pickle.UnpicklingError(f"it calls an object of type {type(found).__name__}")
-        if not isinstance(found, type) or _is_own(found):
+        if _may_be_called(found):
             if found is pickling._set_attributes and not isinstance(arguments[0], torch.Tensor):
                 raise pickle.UnpicklingError(f"it changes an object of type {type(arguments[0]).__name__}")
+            if found is functools.partial and not _may_be_called(arguments[0]):
+                raise pickle.UnpicklingError(f"it prepares a call of {arguments[0]!r}")
             self.append(found(*arguments))
-        elif issubclass(found, enum.Enum) and len(arguments) == 1:
+        elif isinstance(found, type) and issubclass(found, enum.Enum) and len(arguments) == 1:
             self.append(_member(found, arguments[0]))
-        elif issubclass(found, Phase) and not arguments:
+        elif isinstance(found, type) and issubclass(found, Phase) and not arguments:
             self.append(Phase.__new__(found))
         else:
-            raise pickle.UnpicklingError(f"it calls {found.__module__}.{found.__qualname__}")
+            raise pickle.UnpicklingError(f"it calls {getattr(found, '__qualname__', type(found).__qualname__)}")
 
     def _make(self) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
@@ -249,6 +255,8 @@ class _PlainUnpickler(_Base):  # type: ignore[misc]  # the interpreter's own ann
         value = self.stack[-2]
         if id(value) not in self._made and (isinstance(value, Phase) or not _is_own(type(value))):
             raise pickle.UnpicklingError(f"it changes {value!r}, which it has not made")
+        if isinstance(value, functools.partial) and not _may_be_called(self.stack[-1][0]):
+            raise pickle.UnpicklingError(f"it prepares a call of {self.stack[-1][0]!r}")
         if id(value) not in self._made or _restores_itself(type(value)):
             _Base.load_build(self)
         else:
