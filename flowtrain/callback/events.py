@@ -22,7 +22,11 @@ the end of the epoch (rule 16).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flowtrain.callback.phases import Phase
 
 __all__ = [
     "BackwardBegin",
@@ -64,6 +68,7 @@ class FitBegin(Event):
             with the part before the checkpoint.
         done: How much of `epochs` or `steps` was complete at the checkpoint that the fit resumes from; 0 in a fit that
             begins anew. With `epochs` these are epochs of the first training phase.
+        phases: The phases of the data, in the order in which an epoch of each is run.
     """
 
     epochs: int | None = None
@@ -71,6 +76,7 @@ class FitBegin(Event):
     updates: int | None = None
     resumed: bool = False
     done: int = 0
+    phases: tuple[Phase, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, repr=False)

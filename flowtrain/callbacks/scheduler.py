@@ -43,9 +43,9 @@ class Scheduler(Callback):
 
     Writes ``optimizer.hyperparams`` (of the optimizer that a hyperparameter names) and the series of its
     hyperparameters, at `UpdateBegin`. Reads ``cbstate.history`` at `FitBegin`, and at `UpdateBegin` for a schedule of
-    epochs. For a `reduce_on_plateau` it reads ``data`` at `FitBegin`, and at `EpochEnd` the epoch metric and
-    ``cbstate.history``, so it runs after `Metrics` and `Recorder`. Costs a call of the schedule for each hyperparameter
-    and update. Two schedulers may set different hyperparameters; two for the same one are a conflict.
+    epochs. For a `reduce_on_plateau` it reads the epoch metric and ``cbstate.history`` at `EpochEnd`, so it runs after
+    `Metrics` and `Recorder`. Costs a call of the schedule for each hyperparameter and update. Two schedulers may set
+    different hyperparameters; two for the same one are a conflict.
 
     Args:
         schedules: A number, a function of the update, a schedule, or `reduce_on_plateau` for each hyperparameter. The
@@ -118,9 +118,6 @@ class Scheduler(Callback):
     def _watches(self) -> bool:
         return bool(self._watching)
 
-    def _reads_at_begin(self) -> Access:
-        return {"cbstate.history": Read(optional=True), **({"data": Read()} if self._watching else {})}
-
     def _reads_at_end(self) -> Access:
         metrics: Access = {f"cbstate.metrics_epoch.{plan.monitor}": Read() for plan in self._watching.values()}
         return {"cbstate.history": Read(), **metrics}
@@ -141,12 +138,12 @@ class Scheduler(Callback):
                 first = schedule.value(1, 1_000_000) if schedule.is_open else schedule(1)
                 setting.prepare(learner, self._checked(setting, schedule, first))
 
-    @on(FitBegin, access="_reads_at_begin")
+    @on(FitBegin, access={"cbstate.history": Read(optional=True)})
     def begin_fit(self, event: FitBegin, phase: Phase, learner: LearnerView) -> None:
         """Stretch the schedules without a length over the fit, and find the phases of the watched metrics."""
         for name, plan in self._watching.items():
             who, call = f"{self.name} with {plan!r}", f"reduce_on_plateau({plan.value}"
-            self._phases[name] = type(watched_phase(who, call, plan.phase, list(learner.data)))
+            self._phases[name] = type(watched_phase(who, call, plan.phase, event.phases))
         trained: dict[Phase, Counts] = {
             each: counts
             for each, counts in (learner.cbstate.history or {}).items()

@@ -189,7 +189,8 @@ class Loop:
         position = self.checkpoints.begin_fit("steps" if epochs is None else "epochs")
         training = next((phase for phase in data if isinstance(phase, AbstractTrainingPhase)), None)
         done = position.completed(training or Phase())
-        self.dispatch.fire(FitBegin(epochs, steps, updates, self.checkpoints.resumed is not None, done), Phase())
+        resumed = self.checkpoints.resumed is not None
+        self.dispatch.fire(FitBegin(epochs, steps, updates, resumed, done, tuple(data)), Phase())
         # Restore the random state only now: handlers of `FitBegin` may draw numbers, and the first run drew them before
         # this checkpoint.
         self.checkpoints.restore_random()
