@@ -193,6 +193,7 @@ class Placement:
         self._clock = clock
         self._spots: dict[tuple[PlanKey, Node, Handler], Spot] = {}
         self._raced: Spot | None = None  # the anchor of the last race
+        self._others = 0  # how many other lanes were in the last race
         self._rounds: tuple[list[float], list[float]] = [], []  # the seconds of rounds in place, and in the lane
         self._handing: list[float] = []  # the seconds that handing over took in the race
         self._began: float | None = None  # when the present round began
@@ -331,6 +332,7 @@ class Placement:
         self._companions = ()
         for each in racing:
             each.deferred, each._raced, each._rounds = faster, each.anchor, self._rounds
+            each._others = len(racing) - 1
             each.alone = True  # from now on
             each.mode = "waiting"
         if faster or not together:
@@ -396,6 +398,7 @@ class Placement:
             why = f"it takes {in_ms(cost or 0.0)}, and both ways are being timed"
         elif here and there:
             race = f"from one event to the next {in_ms(there)} with the lane and {in_ms(here)} without"
+            race += f", measured with {self._others} other lanes" if self._others else ""
             why = f"{in_ms(cost or 0.0)} in place, {in_ms(handing or 0.0)} to hand over; {race}"
         elif self.deferred:
             why = "a handler has failed"

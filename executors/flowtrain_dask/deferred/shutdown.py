@@ -9,8 +9,10 @@ because nobody is left to whom a failure could be raised.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 from weakref import WeakSet
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from flowtrain_dask.cluster.connection import Connection
 
 __all__ = ["Teardown"]
+
+_logger = logging.getLogger("flowtrain")
 
 
 class Teardown:
@@ -58,8 +62,24 @@ class Teardown:
         """Let the lanes process their events, log failures and the events that are not done, and close."""
         if os.getpid() != self._process:
             return
-        if self.lanes is not None:
-            self.lanes.finish(self._patience)
+        end = time.monotonic() + self._patience
+        for lane in () if self.lanes is None else self.lanes.lanes:
+            while not lane.given_up and not lane.flush(0.25) and not lane.over and time.monotonic() < end:
+                pass
+            if not lane.over and not lane.given_up and (left := lane.report().pending):
+                _logger.warning(
+                    "flowtrain: %d events of lane %s were not processed in %g s, and nobody closed their learner: "
+                    "write `with Learner(...) as learner:`, or learner.close()",
+                    left,
+                    lane.name,
+                    self._patience,
+                )
+            try:
+                lane.raise_failure()
+            except Exception:
+                _logger.exception(
+                    "flowtrain: lane %s failed, and nobody called learner.flush() or learner.close()", lane.name
+                )
         self.close()
 
     def drop(self) -> None:

@@ -123,30 +123,6 @@ class LaneSet:
                 text = "flowtrain: %d events of lane %s were not processed in %g s"
                 _logger.warning(text, lane.report().pending, lane.name, limit)
 
-    def finish(self, patience: float) -> None:
-        """Let the lanes process their events for some seconds, then log failures and the events that are not done.
-
-        Nobody is left to whom a failure could be raised.
-        """
-        end = time.monotonic() + patience
-        for lane in self.lanes:
-            while not lane.given_up and not lane.flush(0.25) and not lane.over and time.monotonic() < end:
-                pass
-            if not lane.over and not lane.given_up and (left := lane.report().pending):
-                _logger.warning(
-                    "flowtrain: %d events of lane %s were not processed in %g s, and nobody closed their learner: "
-                    "write `with Learner(...) as learner:`, or learner.close()",
-                    left,
-                    lane.name,
-                    patience,
-                )
-            try:
-                lane.raise_failure()
-            except Exception:
-                _logger.exception(
-                    "flowtrain: lane %s failed, and nobody called learner.flush() or learner.close()", lane.name
-                )
-
     def close(self) -> None:
         """End the lanes and their threads. Events that are not done are dropped."""
         for lane in self.lanes:
