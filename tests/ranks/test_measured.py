@@ -10,7 +10,18 @@ from typing import Any
 import torch
 
 from flowtrain import Learner, Phase, RankError, TrainingPhase, ValidationPhase
-from flowtrain.callbacks import EMA, EarlyStopping, LogMetrics, Metric, Metrics
+from flowtrain.callbacks import (
+    EMA,
+    SWA,
+    Checkpointer,
+    EarlyStopping,
+    LearningRate,
+    LogMetrics,
+    Metric,
+    Metrics,
+    Scheduler,
+    reduce_on_plateau,
+)
 from flowtrain.callbacks.stopping import NumberLimit
 from flowtrain.logging import JsonlBackend
 from flowtrain.metrics import accuracy
@@ -162,3 +173,26 @@ def test_averaged_statistics_and_an_early_stop_are_alike_on_all_ranks(ranks: Ran
     assert all(len(series) == 2 for _, series in epochs)
     assert stopped.startswith("EarlyStopping ends training after epoch 2 of ValidationPhase.")
     assert stopped in other[2]
+
+
+def counted(folder: str) -> list[Any]:
+    """Train three epochs, resume with callbacks that count the life of the learner, and return what they have counted.
+
+    Each rank has batches of its own, so the ranks agree only in what is the same for all.
+    """
+    mine = batches([4] * 8)[rank() :: 2]
+    with learner_of(mine, mine, Checkpointer(folder, every=2)) as learner:
+        learner.fit(3)
+    plateau, swa = reduce_on_plateau(0.1, factor=0.5, patience=0, threshold=0.9), SWA(start_epoch=4)
+    with learner_of(mine, mine, Checkpointer(folder), Scheduler({LearningRate: plateau}), swa) as learner:
+        learner.fit(5, resume=folder)
+        with swa.applied():
+            learner.validate()
+            shown = all(torch.equal(value, swa.averages[name]) for name, value in learner.model.named_parameters())
+        return [list(learner.cbstate.hyperparams["LearningRate"]), swa.taken, shown]
+
+
+def test_callbacks_that_are_added_at_a_resume_count_the_life_of_the_learner(ranks: Ranks, tmp_path: Path) -> None:
+    rates = [(n, 0.1) for n in range(13, 21)]
+    assert ranks.values(counted, str(tmp_path)) == [[rates, 2, True]] * 2
+    assert sorted(path.name for path in tmp_path.glob("epoch*")) == [f"epoch-000{n}.ckpt" for n in (2, 3, 4, 5)]
