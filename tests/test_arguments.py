@@ -175,7 +175,7 @@ def test_pictures_of_16_bits_and_sparse_ones() -> None:
 class Chooses(torch.optim.SGD):
     """An optimizer that chooses its learning rate itself, as Adafactor of transformers."""
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it
         """Change nothing."""
 
     def __init__(self, params: Any) -> None:

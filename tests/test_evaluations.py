@@ -142,7 +142,7 @@ def test_a_further_evaluation_is_no_epoch_for_those_that_count_them(tmp_path: Pa
     plain = fit()
     assert plain[0] == [1.0, 1.0, 1.0, 1.0, 0.5]
     assert "after epoch 5 of ValidationPhase" in plain[1]
-    assert plain[2] == ["epoch-0002.ckpt", "epoch-0004.ckpt"]
+    assert plain[2] == [f"epoch-000{number}.ckpt" for number in range(1, 6)], "each of them is the last of its fit"
     assert fit("before") == plain
     assert fit("before", "and again") == plain
 

@@ -58,7 +58,7 @@ PLACES: dict[str, tuple[int, Callable[[Any], object]]] = {
     "Traces(): keep": (1, lambda n: Traces({"One": lambda learner: 1.0}, TrainingPhase, keep=n)),
     "ModelSummary(): depth": (0, lambda n: ModelSummary(depth=n)),
     "summarize(): depth": (0, lambda n: summarize(torch.nn.Linear(1, 1), depth=n)),
-    "every": (1, lambda n: LogHistograms(JsonlBackend("log.jsonl"), every=n)),
+    "LogHistograms(): every": (1, lambda n: LogHistograms(JsonlBackend("log.jsonl"), every=n)),
     "throttle(): every": (1, lambda n: throttle(GarbageCollect(), BatchEnd, every=n)),
     "after(): n": (1, lambda n: after(GarbageCollect(), BatchEnd, n)),
     "before(): n": (2, lambda n: before(GarbageCollect(), BatchEnd, n)),

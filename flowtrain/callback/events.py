@@ -76,7 +76,7 @@ class FitBegin(Event):
     updates: int | None = None
     resumed: bool = False
     done: int = 0
-    phases: tuple[Phase, ...] = field(default=(), compare=False)
+    phases: tuple[Phase, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, repr=False)

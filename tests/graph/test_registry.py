@@ -106,9 +106,10 @@ def test_callbacks_are_found_by_type_or_name() -> None:
         learner.remove_callback("mime")
     assert str(caught.value) == "There is no callback mime. Did you mean 'mine'? The learner has: Other, mine."
     with pytest.raises(CallbackError) as caught:
-        learner.callbacks.find(untyped(one))
+        learner.callbacks.find(untyped(3))
+    assert learner.callbacks.find(other) is other
     assert str(caught.value) == (
-        "A callback is found by its type or name, got <Other>. Pass a class, such as Recorder, or a name, such as "
+        "A callback is found by its type or name, got 3. Pass a class, such as Recorder, or a name, such as "
         '"Recorder".'
     )
 

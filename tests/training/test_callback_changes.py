@@ -114,8 +114,10 @@ def test_get_callback() -> None:
     assert learner.get_callback(First) is learner.get_callback("First") is learner.get_callback(Callback) is first
     assert learner.get_callback(Rival) is None
     assert learner.get_callback("Rival") is None
-    with pytest.raises(CallbackError, match="A callback is found by its type or name, got <First>"):
-        learner.get_callback(untyped(first))
+    assert learner.get_callback(first) is first
+    assert learner.get_callback(other) is None
+    with pytest.raises(CallbackError, match="A callback is found by its type or name, got 3"):
+        learner.get_callback(untyped(3))
 
 
 def test_add_set_replace_and_remove() -> None:
