@@ -34,9 +34,11 @@ from flowtrain import (
 )
 from flowtrain.callbacks import EMA, Checkpointer
 from flowtrain.errors import RankError
+from flowtrain.training.checkpoint.remote import place
 from tests.ranks.alone import Alone, End, fit
 from tests.ranks.by_hand import classes, differing
 from tests.support.ranks import Ranks, rank, returned
+from tests.support.remote import shared
 from tests.support.resumed import Ask
 from tests.support.untyped import untyped
 
@@ -59,7 +61,7 @@ def trained(folder: str, epochs: int, resume: str | None = None, seed: int = 0) 
         cross_entropy,
         data=(classes(4), classes(2)),
         optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9),
-        callbacks=[ema, Checkpointer(folder), Middle(Path(folder) / "middle.ckpt", BatchEnd, TrainingPhase, 6)],
+        callbacks=[ema, Checkpointer(folder), Middle(place(folder) / "middle.ckpt", BatchEnd, TrainingPhase, 6)],
         core=TorchCore(device="cpu"),
         default_callbacks="quiet",
     ) as learner:
@@ -83,6 +85,14 @@ def test_rule_28_every_rank_resumes_from_the_file_of_the_main_rank(name: str, ra
     assert resumed == whole
     contents = torch.load(tmp_path / "whole" / name, weights_only=True)
     assert len(contents["ranks"]) == 1
+
+
+@pytest.mark.parametrize("name", ["epoch-0001.ckpt", "middle.ckpt"], ids=["between", "within"])
+def test_every_rank_resumes_from_a_remote_folder(name: str, ranks: Ranks, tmp_path: Path) -> None:
+    whole = ranks.values(trained, str(tmp_path / "whole"), 2)
+    folder = shared(tmp_path / "remote")
+    assert ranks.values(trained, folder, 2) == whole
+    assert ranks.values(trained, f"{folder}-2", 2, f"{folder}/{name}", 70) == whole
 
 
 def continued(path: str) -> tuple[list[str], list[Any], list[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -36,7 +37,7 @@ Place: TypeAlias = tuple[type[Event], type[Phase], int]
 class Ask(Callback):
     """Requests a checkpoint at the n-th event of a type in a phase."""
 
-    def __init__(self, path: Path, event: type[Event], phase: type[Phase], number: int) -> None:
+    def __init__(self, path: os.PathLike[str], event: type[Event], phase: type[Phase], number: int) -> None:
         self.path, self.wanted, self.number = path, (event, phase()), number
         self.place = event, phase, number
         self.seen = 0

@@ -148,12 +148,27 @@ class Remote:
             Unreachable: The file cannot be written.
             FileNotFoundError: The bucket does not exist.
         """
-        with _system(self._address)[1], self.asked() as system, system.transaction:
+        with _system(self._address)[1]:
             try:
-                file = system.open(self._address, "wb")
-            except FileNotFoundError:  # an object store needs no folder, and might make a bucket instead of one
-                system.makedirs(str(self.parent), exist_ok=True)
-                file = system.open(self._address, "wb")
+                self._write(write, reached, what)
+            except FileNotFoundError:  # an object store needs no folders
+                self._make_folders()
+                self._write(write, reached, what)
+        reached(f"{what} renamed")
+
+    def _make_folders(self) -> None:
+        """Make the folders that the file is in, but not the first part of the address: a bucket has an owner."""
+        missing, folder = list[Remote](), self.parent
+        while "/" in folder._address.partition("://")[2].strip("/") and not folder.exists():
+            missing.append(folder)
+            folder = folder.parent
+        with self.asked() as system:
+            for each in reversed(missing):
+                system.mkdir(str(each), create_parents=False)
+
+    def _write(self, write: Callable[[Any], None], reached: Callable[[str], None], what: str) -> None:
+        with self.asked() as system, system.transaction:
+            file = system.open(self._address, "wb")
             try:
                 reached(f"{what} begun")
                 write(file)
@@ -163,7 +178,6 @@ class Remote:
                 raise
             file.close()
             reached(f"{what} written")
-        reached(f"{what} renamed")
 
     @contextmanager
     def asked(self) -> Generator[Any]:

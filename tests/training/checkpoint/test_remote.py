@@ -32,6 +32,7 @@ from flowtrain.testing import tiny_learner
 from flowtrain.training.checkpoint.files import point, write_whole
 from flowtrain.training.checkpoint.reading import find_file, read, target
 from flowtrain.training.checkpoint.remote import Remote, Unreachable, place, real_path, written_at
+from tests.support.remote import shared
 
 
 class FailingFile(MemoryFile):  # type: ignore[misc]  # fsspec has no types
@@ -94,8 +95,10 @@ def sound() -> Iterator[None]:
     Failing.writes, Failing.commits, Failing.answers = -1, None, None
 
 
-@pytest.fixture(params=["memory", "failing", "file"])
+@pytest.fixture(params=["memory", "failing", "shared", "file"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "shared":
+        return shared(tmp_path / "runs" / "a")
     return f"file://{tmp_path}/runs" if request.param == "file" else f"{request.param}://{uuid4().hex}/runs/a"
 
 
