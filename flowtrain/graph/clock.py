@@ -83,7 +83,6 @@ Stamp: TypeAlias = tuple[Mark, int, int, "int | Track", "Mapping[str, Any] | tup
 The further values of a batch are a plain pair, the numbers of the epoch and of the batch: there is one in each step.
 """
 
-_BATCH = Mark("batch", "batch")
 _DATA = Mark("data", "part")
 _FORWARD, _LOSS = Mark("forward", "part"), Mark("loss", "part")
 _BACKWARD, _UPDATE = Mark("backward", "part"), Mark("update", "part")
@@ -158,6 +157,7 @@ class Clock:
         self.stamps: deque[Stamp] = deque()
         self.measured = Measured()
         self._place = place
+        self._thread = threading.get_ident()
         self._last: type[Event] | None = None  # the last boundary of a part, and when it ended
         self._at = self._batch = self._epoch = 0
 
@@ -228,17 +228,24 @@ class Clock:
         return runner
 
     def _boundary(self, event_type: type[Event], phase_type: type[Phase], runner: _Runner | None) -> _Runner:
-        """Return the runner of an event between two parts of a batch."""
-        add, now, thread, parts = self.stamps.append, time.perf_counter_ns, threading.get_ident, _PARTS.get(event_type)
+        """Return the runner of an event between two parts of a batch, which are on the thread that made this clock."""
+        add, now, thread, parts = self.stamps.append, time.perf_counter_ns, self._thread, _PARTS.get(event_type, {})
         begins, ends = event_type is BatchBegin, event_type in (BatchEnd, BatchCancelled)
         cancelled = {"cancelled": True} if event_type is BatchCancelled else {}
         batch = Mark("batch", "batch", {"phase": phase_type.__name__, **cancelled})
 
+        def bound(event: Event, phase: Phase) -> None:
+            """End the part before this event, and begin the next one: no handler takes time between them."""
+            at = now()
+            if (mark := parts.get(self._last)) is not None:
+                add((mark, self._at, at, thread, None))
+            self._last, self._at = event_type, now()  # later than `at`: viewers round, and parts must not overlap
+
         def run(event: Event, phase: Phase) -> None:
             """End the part before this event, run the handlers, and begin the next part."""
             begin = now()
-            if parts is not None and (mark := parts.get(self._last)) is not None:
-                add((mark, self._at, begin, thread(), None))
+            if (mark := parts.get(self._last)) is not None:
+                add((mark, self._at, begin, thread, None))
             if begins:
                 self._batch = begin
             try:
@@ -247,9 +254,9 @@ class Clock:
             finally:
                 self._last, self._at = event_type, now()
                 if ends:
-                    add((batch, self._batch, self._at, thread(), self._place()))
+                    add((batch, self._batch, self._at, thread, self._place()))
 
-        return run
+        return bound if runner is None and not begins and not ends else run
 
     def _begin_epoch(self, runner: _Runner | None) -> _Runner:
         def run(event: Event, phase: Phase) -> None:

@@ -51,7 +51,7 @@ def slices_of(path: Path) -> list[Slice]:
             processes[event["pid"]],
             threads[event["pid"], event["tid"]],
             event["ts"],
-            event["ts"] + event["dur"],
+            round(event["ts"] + event["dur"], 3),  # the format has three decimals
             event["args"],
         )
         for event in events
@@ -67,7 +67,7 @@ def check_nested(slices: Iterable[Slice]) -> None:
         line = lines[one.process, one.thread]
         while line and line[-1].end <= one.begin:
             line.pop()
-        assert not line or one.end <= line[-1].end + 0.002, (one, line[-1])  # the format has three decimals
+        assert not line or one.end <= line[-1].end + 0.002, (one, line[-1])  # both are rounded
         line.append(one)
 
 
