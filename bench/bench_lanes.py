@@ -1,7 +1,7 @@
 """The cost of deferred callbacks for training, and the throughput of their lanes.
 
 Run ``python -m bench.bench_lanes`` from the root of the checkout. ``--peers`` adds Lightning and ignite with the same
-logging in place, which must be installed (``pip install lightning pytorch-ignite``). ``--only`` chooses a part.
+logging in place, which the extra ``peers`` installs. ``--only`` chooses a part.
 
 The cluster is a scheduler and a worker that dask's command line starts on this machine, so training, the lanes, the
 scheduler and the worker share its cores. The times are wall times.
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from distributed import Client
 
 from bench.pairs import Report, figure, second_core
-from bench.peers import ignite_fit, lightning_fit
+from bench.peers import AtEnd, Work, ignite, lightning
 from flowtrain import BatchEnd, Callback, Learner, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
 from flowtrain.graph.executor import Executor
@@ -89,11 +89,16 @@ def metrics_per_batch(report: Report, folder: Path, address: str, *, peers: bool
         times = loops_in_turns([without, make], 60, 1000)  # in turns, because the speed of a machine changes
         report.ratio(f"1 ms step, `LogMetrics` each batch, {name}; floor: without it", times, goal, steps=1)
     if peers:
-        for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
+        for name, peer in (("Lightning", lightning), ("ignite", ignite)):
             backend = opened(folder / f"{name}.jsonl")
-            log = partial(log_loss, backend)
-            times = in_turns([timed(peer(model_of(width), data, each), len(data)) for each in (None, log)], 30)
+            works = with_and_without(partial(model_of, width), data, partial(log_loss, backend))
+            times = in_turns([timed(peer(work), len(data)) for work in works], 30)
             report.ratio(f"the same records in {name}, in place; floor: without them", times, None, steps=1)
+
+
+def with_and_without(model: Callable[[], torch.nn.Module], data: Batches, log: AtEnd) -> list[Work]:
+    """Return the same work twice, the second time with a function that logs."""
+    return [Work(model, data, at_end=functions) for functions in ([], [log])]
 
 
 def opened(path: Path) -> JsonlBackend:
@@ -146,9 +151,10 @@ def histograms(report: Report, folder: Path, address: str, *, peers: bool) -> No
     )
     report.ratio("deferred, to training beside that process", [row[::-1] for row in times], None, steps=1)
     if peers:
-        for name, peer in (("Lightning", lightning_fit), ("ignite", ignite_fit)):
+        for name, peer in (("Lightning", lightning), ("ignite", ignite)):
             log = partial(log_histograms, opened(folder / f"histograms-{name}.jsonl"))
-            times = in_turns([timed(peer(model_of(width, tensors), data, each), len(data)) for each in (None, log)], 30)
+            works = with_and_without(partial(model_of, width, tensors), data, log)
+            times = in_turns([timed(peer(work), len(data)) for work in works], 30)
             report.ratio(f"the same histograms in {name}, in place; floor: without them", times, None, steps=1)
     found = backlogs(logged("backlog", DaskExecutor(address, defer="always")), 1000, 30)
     grown = figure([end - half for half, end in found])

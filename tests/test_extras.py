@@ -233,7 +233,7 @@ def run_program(folder: Path, requirements: list[str], program: str) -> subproce
 
 
 def test_every_extra_is_tried() -> None:
-    assert {"", *EXTRAS} - {"test", "dev", "docs"} == set(PROGRAMS)
+    assert {"", *EXTRAS} - {"test", "dev", "docs", "peers"} == set(PROGRAMS)
 
 
 @pytest.mark.parametrize("extra", PROGRAMS)

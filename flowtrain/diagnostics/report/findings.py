@@ -272,13 +272,15 @@ def of_learner(state: LearnerState, executor: Executor) -> Findings:
     drawings = list(_drawings(callbacks))
     found.pictures = [Picture(title, alike[0].svg.encode(), text) for title, alike, text in drawings]
     measured = [
-        [drawing.title, drawing.labels[place], f"{seconds * 1e3:,.3f}"]
+        (seconds, drawing.title, drawing.labels[place])
         for _, alike, _ in drawings
         for drawing in alike
         for place, seconds in drawing.times.items()
     ]
     if measured:
-        found.times["Time by callback"] = [["event", "handler", "ms a call"], *measured]
+        measured.sort(reverse=True)
+        lines = [[event, handler, f"{seconds * 1e3:,.3f}"] for seconds, event, handler in measured]
+        found.times["Time by callback, the longest first"] = [["event", "handler", "ms a call"], *lines]
     report = getattr(executor, "report", None)  # an executor with lanes has one
     if report is not None:
         found.texts[f"Executor {executor.name}: where callbacks run, what waits, and stalls"] = str(report())

@@ -67,7 +67,7 @@ figure{margin:0;min-width:0}figcaption{font-size:.9rem;color:var(--dim);overflow
 figcaption b{color:var(--ink);font-weight:600}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.25rem 0 .75rem;padding:0;list-style:none;font-size:.9rem}
 .legend i{display:inline-block;width:1.1rem;height:.28rem;border-radius:2px;margin-right:.45rem;vertical-align:middle}
-.wide{overflow-x:auto;max-width:100%;margin:.5rem 0}.wide:focus-visible{outline:2px solid var(--edge)}
+.wide{overflow-x:auto;max-width:100%;margin:.75rem 0 1.25rem}.wide:focus-visible{outline:2px solid var(--edge)}
 .tall{max-height:26rem;overflow-y:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--dim);padding-bottom:.3rem}
@@ -303,7 +303,7 @@ def _times(run: Findings, charts: Charts) -> Iterator[str]:
     if parts:
         yield _table(parts[0], parts[1:], "Parts of a batch, by the callback Timer", texts=(0, 1))
     for heading, (head, *lines) in run.times.items():
-        yield _table(head, lines, heading, texts=(0, 1))
+        yield _table(head, lines, heading, texts=(0, 1), tall=True)
     for heading, text in run.texts.items():
         yield f"<h3>{escape(heading)}</h3>{_pre(text, heading)}"
     for spans in run.spans:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,6 +60,17 @@ def test_each_event_has_one_picture_for_the_phases_of_one_order(learner: Learner
     assert "after Metrics: Metrics writes cbstate.metrics_epoch" in end.text
     assert end.svg.startswith(b"<svg ")
     assert set(learner.callbacks.known) >= {(BatchEnd, TrainingPhase), (EpochEnd, ValidationPhase)}
+
+
+def test_measured_times_of_handlers_are_a_table_with_the_longest_first(tmp_path: Path) -> None:
+    learner = tiny_learner(Watch(), n_batches=4)
+    assert findings(learner).times == {}
+    learner.fit(2, timeline=tmp_path / "timeline.json")
+    [(heading, [head, *lines])] = findings(learner).times.items()
+    assert (heading, head) == ("Time by callback, the longest first", ["event", "handler", "ms a call"])
+    assert ["EpochEnd, TrainingPhase", "Watch.look"] in [line[:2] for line in lines]
+    times = [float(line[2].replace(",", "")) for line in lines]
+    assert times == sorted(times, reverse=True)
 
 
 def test_a_report_leaves_the_plans_as_they_are(learner: Learner) -> None:
