@@ -18,6 +18,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
@@ -308,7 +309,8 @@ class Processes:
     def __exit__(self, *failure: object) -> None:
         for process in self._processes.values():
             assert process.stdin is not None
-            process.stdin.close()
+            with suppress(BrokenPipeError):  # of a process that has ended by itself
+                process.stdin.close()
             process.wait()
 
 
