@@ -30,9 +30,8 @@ message are also fields of the exception.
     └── UsageError                 a call at the wrong moment, or an argument with a wrong value
 
 `CancelException` and its subclasses are no errors: a handler raises one to end a batch, an epoch or a fit, and training
-continues after that part. When several handlers of one event fail, one exception is raised and carries the
-others (`merge`): an error goes before a cancel, a wider cancel before a narrower one, an earlier handler before a later
-one.
+continues after that part. When several handlers of one event fail, one exception is raised and carries the others
+(`merge`): an error goes before a cancel, a wider cancel before a narrower one, an earlier handler before a later one.
 """
 
 from __future__ import annotations
@@ -431,6 +430,8 @@ def describe(value: Any, depth: int = 3) -> str:
     >>> describe(torch.zeros(2, 3))
     'Tensor of shape (2, 3), float32'
     """
+    if isinstance(value, torch.Tensor) and value.is_nested:  # torch raises an error for the shape of some of these
+        return f"nested {type(value).__name__} of {value.size(0)} tensors, {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype")):
         return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
     if isinstance(value, Mapping):

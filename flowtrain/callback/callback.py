@@ -47,7 +47,8 @@ class Callback:
             backends in other attributes as well: `flowtrain.graph.held_backends` finds them all.
         deferrable: Whether the handlers only consume, so that an executor may run them later and elsewhere, on a
             snapshot of the declared state. A deferrable callback declares no `Write` except on resources.
-        durable: Whether every event of the callback must be processed, however full its lane is.
+        durable: Whether every event of the callback must be processed: an executor that runs it later then waits, and
+            drops no event, when events come faster than the callback handles them.
         access_argument: The declaration that a user passed as ``access=`` to a callback that calls a function of the
             user. Messages then tell the user to pass more there, since the user did not write `state_access`.
         stochastic: Whether the handlers of a deferrable callback draw random numbers. With ``False`` the handlers are
@@ -230,9 +231,9 @@ class Callback:
         yield from self.conditions
 
     def moved(self, before: str, here: str) -> None:
-        """Take note of the folder of the checkpoint whose state was just loaded. The base class does nothing.
+        """Take note of the two folders of a checkpoint whose state was just loaded. The base class does nothing.
 
-        By it a callback whose state names files can tell which are its own, as `flowtrain.callbacks.Checkpointer` does.
+        A callback whose state names files can so find them where they are now (`flowtrain.callbacks.Checkpointer`).
 
         Args:
             before: The folder that the checkpoint was written into, absolute and without symbolic links.

@@ -150,7 +150,8 @@ def _with_loss(model: Any, lossfn: Any) -> Callable[..., tuple[Any, Any]]:
 
 def _versions(data: Any) -> list[int]:
     """Return how often each tensor in the data was written in place, as torch counts it."""
-    return [leaf._version for _, leaf in leaves(data) if isinstance(leaf, torch.Tensor)]
+    tensors = (leaf for _, leaf in leaves(data) if isinstance(leaf, torch.Tensor))
+    return [-1 if leaf.is_inference() else leaf._version for leaf in tensors]  # an inference tensor has no counter
 
 
 def _clone(item: Any, part: Callable[[Any], Any]) -> Any:

@@ -24,7 +24,7 @@ import torch
 from torch._C._autograd import _profiler_enabled  # pyright: ignore[reportPrivateUsage]  # nothing else tells
 from torch.optim import Optimizer
 
-from flowtrain.errors import CoreError, UsageError, nearest
+from flowtrain.errors import CoreError, UsageError, is_a, nearest
 from flowtrain.state.shards import whole
 
 __all__ = [
@@ -83,7 +83,7 @@ def param_groups(
         The groups in the order of the patterns. Each has the entry ``name``, its pattern.
 
     Raises:
-        UsageError: No pattern fits a parameter, or a pattern fits none.
+        UsageError: No pattern fits a parameter, a pattern fits none, or an argument is of another kind.
 
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Linear(8, 2))
     >>> groups = param_groups(model, {"1.*": {"lr": 0.1}, "*": {"lr": 0.001}}, no_decay="*.bias")
@@ -91,7 +91,17 @@ def param_groups(
     [('1.*', 1, 0.1, None), ('1.*, no decay', 1, 0.1, 0.0), ('*', 1, 0.001, None), ('*, no decay', 1, 0.001, 0.0)]
     """
     named = dict(model.named_parameters())
+    given: Any = no_decay
+    if not is_a(groups, Mapping) or not all(is_a(options, Mapping) for options in groups.values()):
+        raise UsageError(
+            f"param_groups: groups is {groups!r}. It maps patterns of names to the options of the groups: "
+            f"{{'head.*': {{\"lr\": 1e-3}}, '*': {{\"lr\": 1e-5}}}}."
+        )
+    if not is_a(given, (bool, str)) and not (is_a(given, Iterable) and all(is_a(each, str) for each in given)):
+        raise UsageError(f"param_groups: no_decay is {given!r}. It is True, False, a pattern or a list of patterns.")
     patterns = [no_decay] if isinstance(no_decay, str) else [] if isinstance(no_decay, bool) else list(no_decay)
+    for pattern in patterns:
+        match_names("param_groups(no_decay=...)", named, [pattern])
     found: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for pattern in groups:
         found |= {(pattern, False): [], (pattern, True): []}
@@ -164,21 +174,29 @@ def check_trained(
         return
     stale = [str(tuple(param.shape)) for key, param in held.items() if key not in known]
     kinds = " and ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in optimizers.values()))
+    made_by = _called(next(iter(optimizers.values())))
     if stale:
         raise CoreError(
             f"{_listed(missing)} would not be trained: no optimizer has them, and {kinds} has parameters of shape "
             f"{_listed(stale)} that the model no longer has. A layer was replaced after the learner was built. Make "
-            f"the optimizer anew: learner.replace_optimizer(partial(torch.optim.{kinds.split()[0]}, lr=...))."
+            f"the optimizer anew: learner.replace_optimizer(partial({made_by}, lr=...))."
         )
     if not warns:
         return
     warnings.warn(
         f"{_listed(missing)} would not be trained: no optimizer has them, and they require gradients. Freeze them, "
-        f"requires_grad_(False), or put them into an optimizer: learner.replace_optimizer(partial(torch.optim."
-        f"{kinds.split()[0]}, lr=...)) takes all parameters.",
+        f"requires_grad_(False), or put them into an optimizer: learner.replace_optimizer(partial({made_by}, lr=...)) "
+        f"takes all parameters.",
         UserWarning,
-        stacklevel=8,
+        stacklevel=7,
     )
+
+
+def _called(optimizer: Optimizer) -> str:
+    """Return the class of an optimizer as a program calls it: ``torch.optim.SGD``, or with the module of the class."""
+    kind = type(optimizer)
+    module = "torch.optim" if kind.__module__.startswith("torch.optim.") else kind.__module__
+    return f"{module}.{kind.__qualname__}"
 
 
 def zeroing(optimizer: Optimizer) -> Callable[[], object]:
@@ -315,6 +333,7 @@ def make_optimizers(
     if not isinstance(wanted, Mapping):
         return {"": _make_optimizer(wanted, all_params, all_params, "optimizer")}
     made: dict[str, Optimizer] = {}
+    left = loss_params  # those that no optimizer has been made with yet
     for name, one in wanted.items():
         if name not in models and not isinstance(one, Optimizer):
             known = ", ".join(repr(known) for known in models if known)
@@ -324,9 +343,8 @@ def make_optimizers(
                 f"Use the models' names, or pass an optimizer instance."
             )
         own = list(models[name].parameters()) if name in models else all_params
-        # The loss function's parameters, if any, go to the first optimizer that is made here.
-        extra = loss_params if not made else []
-        own = list({id(param): param for param in [*own, *extra]}.values())
+        if not isinstance(one, Optimizer):
+            own, left = list({id(param): param for param in [*own, *left]}.values()), []
         made[name] = _make_optimizer(one, own, all_params, f"optimizer[{name!r}]")
     if not made:
         raise CoreError("optimizer={} has no optimizer. Pass one, such as torch.optim.AdamW, or one for each model.")
@@ -361,7 +379,7 @@ def _make_optimizer(
                         f"{what} ({type(wanted).__name__}) has, in group {number}, a parameter of shape "
                         f"{tuple(param.shape)} that is neither the model's nor the loss function's, so training would "
                         f"not change the model. Make the optimizer from this model's parameters, or pass a function: "
-                        f"optimizer=partial(torch.optim.{type(wanted).__name__}, lr=...)."
+                        f"optimizer=partial({_called(wanted)}, lr=...)."
                     )
         return _needs_no_closure(wanted, what)
     if not callable(wanted):

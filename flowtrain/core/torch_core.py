@@ -396,9 +396,11 @@ class TorchCore:
         """Return a context in which every module has its own mode, even while a phase has set other modes."""
         if self.modes is not None:
             self.modes.end()
-        yield
-        if self.modes is not None:
-            self.modes.begin()
+        try:
+            yield
+        finally:
+            if self.modes is not None:
+                self.modes.begin()
 
     def warn_switched(self) -> None:
         """Warn, once for each core, that a model in eval mode is trained in train mode."""

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from flowtrain.data.nested import items, place_text
 from flowtrain.errors import is_whole
 
-__all__ = ["lengths", "measure", "samples_given"]
+__all__ = ["lengths", "measure", "samples_given", "shape_of"]
 
 
 _SINGLE = (str, bytes, UserString, Enum)
@@ -84,8 +84,8 @@ def _sizes(value: Any, lists: bool = True, above: tuple[int, ...] = ()) -> list[
             a list of tensors that each hold all samples.
         above: The ids of the containers around the value, so that a container that holds itself ends the search.
     """
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, (tuple, torch.Size)):
+    shape = shape_of(value)
+    if shape is not None:
         return [int(shape[0])] if shape else []
     if isinstance(value, PackedSequence):
         return [int(value.batch_sizes[0])]  # every sequence has a first step
@@ -103,6 +103,18 @@ def _sizes(value: Any, lists: bool = True, above: tuple[int, ...] = ()) -> list[
     return [*common, len(value)] if common else [len(value), *sizes]
 
 
+def shape_of(value: Any) -> tuple[Any, ...] | None:
+    """Return the shape of an array or tensor; of a nested tensor without a shape its length alone; else ``None``.
+
+    >>> shape_of(torch.zeros(2, 3)), shape_of([1, 2])
+    (torch.Size([2, 3]), None)
+    """
+    if isinstance(value, torch.Tensor) and value.is_nested and value.layout is torch.strided:
+        return (value.size(0),)  # its tensors differ in size, and torch raises an error for its shape
+    shape = getattr(value, "shape", None)
+    return shape if isinstance(shape, tuple) else None
+
+
 def _is_list(value: Any) -> bool:
     """Tell whether a container has items without names, so that its length may be a number of samples."""
     return isinstance(value, (Sequence, Set)) and not isinstance(value, _SINGLE)
@@ -113,7 +125,7 @@ def _is_single(value: Any, above: tuple[int, ...] = ()) -> bool:
     inner = items(value)
     if inner is not None:
         return id(value) in above or all(_is_single(item, (*above, id(value))) for _, item in inner)
-    return value is None or isinstance(value, (*_SINGLE, int, float, complex)) or getattr(value, "shape", None) == ()
+    return value is None or isinstance(value, (*_SINGLE, int, float, complex)) or shape_of(value) == ()
 
 
 def lengths(value: Any, path: str, above: tuple[int, ...] = ()) -> Iterator[tuple[str, int]]:
@@ -127,8 +139,8 @@ def lengths(value: Any, path: str, above: tuple[int, ...] = ()) -> Iterator[tupl
     >>> list(lengths({"x": torch.zeros(8, 2)}, "batch.inputs"))
     [("batch.inputs['x']", 8)]
     """
-    shape = getattr(value, "shape", None)
-    if isinstance(shape, (tuple, torch.Size)):
+    shape = shape_of(value)
+    if shape is not None:
         if shape:
             yield path, int(shape[0])
         return

@@ -21,7 +21,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.plots import figure_type, save
 from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, scratch_learner
-from flowtrain.errors import CancelFittingException, UsageError, is_positive, whole_number
+from flowtrain.errors import CancelFittingException, UsageError, is_a, is_positive, whole_number
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate
@@ -158,8 +158,8 @@ def find_learning_rate(
         optimizer: The name of the optimizer, if the learner has several.
 
     Raises:
-        UsageError: An argument is out of its range, the learner has no training data or an iterator as data, a part of
-            the learner cannot be copied, or the first loss is not finite.
+        UsageError: An argument is out of its range, a handler or a step called this, the learner has no training data
+            or an iterator as data, a part of the learner cannot be copied, or the first loss is not finite.
 
     >>> from flowtrain.testing import tiny_learner
     >>> sweep = find_learning_rate(tiny_learner(), start=1e-4)
@@ -185,11 +185,11 @@ def find_learning_rate(
 def _check(start: float, end: float, smoothing: float, divergence: float) -> None:
     if not is_positive(start) or not is_positive(end) or not start < end < math.inf:
         raise UsageError(f"find_learning_rate(start={start!r}, end={end!r}): 0 < start < end, as 1e-7 and 10.0.")
-    if not 0 <= smoothing < 1:
+    if not is_a(smoothing, (int, float)) or not 0 <= smoothing < 1:
         raise UsageError(
             f"find_learning_rate(smoothing={smoothing!r}): smoothing is at least 0 and below 1, such as 0.9."
         )
-    if not divergence > 1:
+    if not is_positive(divergence) or not divergence > 1:
         raise UsageError(f"find_learning_rate(divergence={divergence!r}): divergence is a number above 1.")
 
 

@@ -27,6 +27,7 @@ from flowtrain.callback.access import Declaration, Path, Write, canonical, dotte
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
+from flowtrain.data.batch_size import shape_of
 from flowtrain.data.nested import attributes, parts
 from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import UndeclaredWriteError
@@ -226,9 +227,9 @@ def rng_state() -> object:
 def _tensor(value: torch.Tensor) -> object:
     version = -1 if value.is_inference() else value._version  # an inference tensor has no version counter
     content: object = None
-    if value.layout is torch.strided and value.device.type != "meta" and not value.is_quantized:
+    if value.layout is torch.strided and not value.is_nested and value.device.type != "meta" and not value.is_quantized:
         content = zlib.crc32(tensor_bytes(value))
-    return (id(value), version, tuple(value.shape), str(value.dtype), content)
+    return (id(value), version, shape_of(value), str(value.dtype), content)
 
 
 def _module(root: Path, module: torch.nn.Module) -> dict[Path, object]:

@@ -117,9 +117,10 @@ def _refuse(event: Event, phase: Phase) -> None:
 def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: Phase) -> list[Failed]:
     """Run the handlers behind one that failed, except those that depend on a failed handler; return all failures."""
     # The failed handler is found by its view, which no other handler has; two of them may share a function.
-    start = next(position for position, planned in enumerate(plan.handlers) if planned.view is view)
-    failures = [(plan.handlers[start], failure)]
-    failed = 1 << start  # positions that failed or were skipped, as bits
+    # An interrupt may come before the first call; then all handlers follow, and the first one is named.
+    start = next((position for position, planned in enumerate(plan.handlers) if planned.view is view), -1)
+    failures = [(plan.handlers[max(start, 0)], failure)]
+    failed = 1 << start if start >= 0 else 0  # positions that failed or were skipped, as bits
     caught: type[BaseException] = BaseException if plan.always else Exception
     for position in range(start + 1, len(plan.handlers)):
         planned = plan.handlers[position]

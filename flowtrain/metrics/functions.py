@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flowtrain.errors import LossError, UsageError, describe, whole_number
+from flowtrain.errors import LossError, UsageError, describe, is_a, whole_number
 
 __all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "model_loss", "top_k_accuracy"]
 
@@ -44,6 +44,7 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     >>> accuracy(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0]))
     tensor(0.5000)
     """
+    _check_tensor("accuracy", outputs)
     if outputs.ndim < 2 or outputs.shape[1] < 2:
         raise UsageError(
             f"accuracy needs outputs of shape (batch, classes, ...), got {tuple(outputs.shape)}. For one score per "
@@ -71,6 +72,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
     @_good(high=True)
     def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the share of rows whose target is among the k highest outputs."""
+        _check_tensor(f"top_{k}_accuracy", outputs)
         if outputs.ndim != 2:
             raise UsageError(f"top_{k}_accuracy needs outputs of shape (batch, classes), got {tuple(outputs.shape)}.")
         _check_shapes(f"top_{k}_accuracy", outputs[:, 0], targets, "outputs without their classes")
@@ -136,7 +138,18 @@ def model_loss(outputs: Any, targets: object = None) -> torch.Tensor:
     return loss  # type: ignore[no-any-return]  # a step checks that the loss is a tensor
 
 
+def _check_tensor(name: str, outputs: torch.Tensor, what: str = "outputs") -> None:
+    if not is_a(outputs, torch.Tensor):
+        part = "outputs.logits" if hasattr(outputs, "logits") else "outputs['logits']"
+        raise UsageError(
+            f"{name} compares tensors, and the {what} are {describe(outputs)}. Take the part that is meant: "
+            f"Metrics(Metric(lambda outputs, targets: {name}({part}, targets), name={name!r}))."
+        )
+
+
 def _check_shapes(name: str, outputs: torch.Tensor, targets: torch.Tensor, what: str = "outputs") -> None:
+    _check_tensor(name, outputs)
+    _check_tensor(name, targets, "targets")
     if outputs.shape != targets.shape:
         raise UsageError(
             f"{name} compares values of one shape: {what} of {tuple(outputs.shape)} with targets of "

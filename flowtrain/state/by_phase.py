@@ -162,7 +162,8 @@ class PhaseMap(Container, dict[Phase, V]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy gets readers, and so a twin, of its own.
-        rest = {name: value for name, value in vars(self).items() if name not in ("_path", "make", "_twins")}
+        own = ("_awaited", "_path", "_twins", "make")
+        rest = {name: value for name, value in vars(self).items() if name not in own}
         return type(self), (self._path, self.make), rest, None, iter(self.items())
 
     def __twin__(self) -> Mapping[Phase, V]:

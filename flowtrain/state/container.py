@@ -19,7 +19,7 @@ operation          effect                                                       
                    the container that it shows
 =================  ================================================================  ===============================
 
-All names begin with two underscores, because the entries of a namespace are attributes: callbacks choose their names.
+All names begin with two underscores, because the entries of a namespace are attributes, whose names callbacks choose.
 
 The first three operations are optional for any object and are looked up by name. `Parameters`, `Gradients` and `Named`
 have those of the three that they need. They hold no content of their own: they show modules and optimizers by name.

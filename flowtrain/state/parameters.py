@@ -63,12 +63,27 @@ class Parameters(Mapping[str, torch.nn.Parameter]):
         return found, aliases
 
     def __getitem__(self, name: str) -> torch.nn.Parameter:
+        found = self._find(name)
+        if found is None:
+            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}")
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return self._find(name) is not None  # without the message of a look-up, which compares all names
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """Return a parameter, or the default."""
+        if name in self:
+            return self[name]
+        return default
+
+    def _find(self, name: object) -> torch.nn.Parameter | None:
         # Not by a search through all: a loop over this mapping would pay for it at every parameter.
-        prefix, _, rest = ("", "", name) if "" in self._models else name.partition(".")
+        prefix, _, rest = ("", "", str(name)) if "" in self._models else str(name).partition(".")
         try:
             return self._models[prefix].get_parameter(rest)
         except (AttributeError, KeyError):
-            raise KeyError(f"there is no parameter {name!r}.{nearest(name, self)}") from None
+            return None
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, _ in self.named())
@@ -120,6 +135,16 @@ class Gradients(Mapping[str, torch.Tensor]):
         if gradient is None:
             raise KeyError(_no_gradient(name))
         return gradient
+
+    def __contains__(self, name: object) -> bool:
+        param = self._params.get(str(name))
+        return param is not None and param.grad is not None
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """Return a gradient, or the default."""
+        if name in self:
+            return self[name]
+        return default
 
     def __setitem__(self, name: str, gradient: torch.Tensor) -> None:
         self._params[name].grad = gradient

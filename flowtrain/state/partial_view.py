@@ -160,9 +160,10 @@ class Owner:
 
         Args:
             path: The path.
-            cause: The exception of the look-up; the text of a `MissingStateError` becomes part of the message.
+            cause: The exception of the look-up, whose text becomes part of the message: it may have been raised within
+                a property.
         """
-        reason = f" {cause}" if isinstance(cause, MissingStateError) else ""
+        reason = f" {cause}" if isinstance(cause, AttributeError) else ""
         declare = f'If that is expected, declare {{"{dotted(path)}": Read(optional=True)}} and handle None.'
         raise MissingStateError(
             dotted(path),

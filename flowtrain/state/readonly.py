@@ -116,7 +116,7 @@ class _Twin:
 
 
 class ReadOnlyList(_Twin, Sequence[Any]):
-    """The twin of a list or deque."""
+    """The twin of a list or deque. Where a list itself is needed, as by `json.dumps`, write ``list(twin)``."""
 
     __slots__ = ()
 
@@ -125,6 +125,17 @@ class ReadOnlyList(_Twin, Sequence[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return (readonly(item, self._path) for item in self._container)
+
+    def __add__(self, other: Iterable[Any]) -> list[Any]:
+        return [*self, *other]
+
+    def __radd__(self, other: Iterable[Any]) -> list[Any]:
+        return [*other, *self]
+
+    def __mul__(self, number: int) -> list[Any]:
+        return list(self) * number
+
+    __rmul__ = __mul__
 
     def copy(self) -> list[Any]:
         """Return a list of the items."""
@@ -148,6 +159,12 @@ class ReadOnlyDict(_Twin, Mapping[Any, Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._container)
+
+    def __or__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {**self, **other}
+
+    def __ror__(self, other: Mapping[Any, Any]) -> dict[Any, Any]:
+        return {**other, **self}
 
     def copy(self) -> dict[Any, Any]:
         """Return a dict of the items."""

@@ -382,6 +382,15 @@ class SeriesMap(Container, Mapping[str, Series]):
                 f"{self._path} has no series {name!r}; it has: {known}.{nearest(str(name), self._series)}"
             ) from None
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._series
+
+    def get(self, name: Any, default: Any = None) -> Any:
+        """Return a series, or the default."""
+        if name in self:
+            return self[name]
+        return default
+
     def __iter__(self) -> Iterator[str]:
         return iter(list(self._series))
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from flowtrain.callback.access import ROOTS, Declaration, Path, Read, Write, collective, granted
 from flowtrain.callback.view import LearnerView
@@ -68,7 +68,7 @@ class GuardedView(LearnerView):
                 known = [root for root in ROOTS if root != "resource"]
                 raise AttributeError(
                     f"a handler's learner has no {name!r}.{nearest(name, [*known, 'fire'])} It has: {', '.join(known)} "
-                    f"and fire(); how far training is stands in cbstate.history."
+                    f"and fire(); the numbers of epochs, steps and updates are in cbstate.history."
                 )
             if name in self._whole:
                 self._owner.missing((name,), None)
@@ -139,8 +139,18 @@ def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledVi
             members[root] = property(_params)
         else:
             members[root] = property(attrgetter(f"_state.{root}"))
+    if consumes:
+        members["updates"] = property(_no_updates)
     members["__slots__"] = (*namespaces, *trees)
     return CompiledView(type("LearnerView", (GuardedView,), members), namespaces, trees)
+
+
+def _no_updates(view: LearnerView) -> NoReturn:
+    """Refuse the number of updates to a deferrable callback, also where its handlers run in place."""
+    raise UsageError(
+        f"{view._owner.callback} is deferrable and reads learner.updates: training may be ahead of its handlers. "
+        f'Declare {{"cbstate.history": Read()}} and read those of a phase: learner.cbstate.history[phase].updates.'
+    )
 
 
 def _own_params(view: LearnerView) -> Any:

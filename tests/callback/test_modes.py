@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable as Function
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -301,3 +301,22 @@ def test_an_interrupt_while_the_modes_are_set_does_not_lose_the_own_ones() -> No
         begun.clear()
         assert modes(model) == before
     begun[-1].end()
+
+
+def test_the_modes_of_the_phase_come_back_after_an_error_within_own_modes() -> None:
+    seen: list[bool] = []
+
+    class Fails(Callback):
+        @on(BatchEnd, ValidationPhase)
+        def fail(self, event: BatchEnd, phase: ValidationPhase, learner: LearnerView) -> None:
+            core = learner_of_test.core
+            with suppress(ValueError), core.own_modes():
+                seen.append(learner_of_test.model.training)
+                raise ValueError
+            seen.append(learner_of_test.model.training)
+
+    learner_of_test = tiny_learner(Fails(), n_batches=1)
+    learner_of_test.model.train()
+    learner_of_test.validate()
+    assert seen == [True, False]
+    assert learner_of_test.model.training

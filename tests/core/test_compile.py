@@ -235,3 +235,14 @@ def test_a_compilation_that_is_refused_leaves_the_core_free() -> None:
 def test_compile_is_for_one_model() -> None:
     with pytest.raises(CoreError, match=r"there are several: gen, disc. Pass them compiled: torch.compile\(model\)"):
         Learner({"gen": Net(), "disc": Net()}, cross_entropy, core=TorchCore("cpu", compile=True))
+
+
+def test_targets_that_were_made_in_inference_mode() -> None:
+    """Such tensors have no version counter. Torch lets no backward pass use them, so they are evaluated."""
+    with torch.inference_mode():
+        targets = torch.randint(3, (4,))
+    inputs = torch.randn(4, 6)
+    core = TorchCore("cpu", compile={"loss": True, "backend": "eager"})
+    learner = Learner(model := Net(), cross_entropy, default_callbacks="quiet", core=core)
+    found = learner.evaluate([(inputs, targets)])["Loss"]
+    assert found == pytest.approx(cross_entropy(model(inputs), targets.clone()).item())

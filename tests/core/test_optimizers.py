@@ -379,6 +379,39 @@ def parts_learner(optimizer: Any = None, **options: Any) -> Learner:
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("groups", "no_decay", "text"),
+    [
+        ({"*": {}}, "*.biass", "param_groups(no_decay=...): the pattern '*.biass' fits no parameter: names are"),
+        ({"*": {}}, None, "param_groups: no_decay is None. It is True, False, a pattern or a list of patterns."),
+        ({"*": {}}, [1], "param_groups: no_decay is [1]. It is True, False, a pattern or a list of patterns."),
+        (["*"], False, "param_groups: groups is ['*']. It maps patterns of names to the options of the groups: "),
+        ({"*": None}, False, "param_groups: groups is {'*': None}. It maps patterns of names"),
+    ],
+)
+def test_arguments_of_groups_that_are_refused(groups: Any, no_decay: Any, text: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        param_groups(Net(), groups, no_decay=no_decay)
+    assert str(raised.value).startswith(text)
+
+
+def test_the_parameters_of_the_loss_go_to_the_first_optimizer_that_is_made() -> None:
+    models, loss = {"a": nn.Linear(1, 1), "b": nn.Linear(1, 1), "c": nn.Linear(1, 1)}, Tempered()
+    wanted = {"a": torch.optim.SGD(models["a"].parameters(), lr=0.1), "b": torch.optim.SGD, "c": torch.optim.SGD}
+    made = make_optimizers(wanted, models, [loss])
+    held = {name: len(each.param_groups[0]["params"]) for name, each in made.items()}
+    assert held == {"a": 2, "b": 2 + len(list(loss.parameters())), "c": 2}
+
+
+class OwnSGD(torch.optim.SGD):
+    """An optimizer of another module than torch's."""
+
+
+def test_an_optimizer_is_named_as_a_program_calls_it() -> None:
+    with pytest.raises(CoreError, match=rf"optimizer=partial\({__name__}\.OwnSGD, lr=\.\.\.\)"):
+        learner_of(Net(), optimizer=OwnSGD(FOREIGN.parameters(), lr=0.1))
+
+
 def test_a_layer_that_was_replaced_is_noticed_when_a_fit_begins() -> None:
     learner = parts_learner()
     learner.fit(1)

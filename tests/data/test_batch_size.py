@@ -22,6 +22,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Metrics
 from flowtrain.data.batch_size import lengths, measure
+from flowtrain.errors import describe
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.models import Scale
 from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted
@@ -202,3 +203,36 @@ def test_a_step_of_ones_own_has_a_batch_size_too() -> None:
     data = {Own: [torch.full((2, 3), 1.0), torch.full((2, 9), 5.0)]}
     learner = tiny_learner(Metrics(unused, weight=unused), model=Scale(), data=data)
     assert learner.validate()["Loss"] == (3 * 1.0 + 9 * 5.0) / 12
+
+
+def nested(layout: torch.layout) -> torch.Tensor:
+    """Return a nested tensor of two tensors of different sizes. Torch warns that the layout strided is a prototype."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.nested.nested_tensor([zeros(2, 3), zeros(4, 3)], layout=layout)
+
+
+class SumOfRows(torch.nn.Module):
+    """A model for nested tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(torch.nested.to_padded_tensor(x, 0.0).sum(1))
+        return y
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_have_the_size_of_their_number(layout: torch.layout) -> None:
+    assert measure(nested(layout), zeros(2)) == (2, True)
+    assert describe(nested(layout)).endswith(" of 2 tensors, float32")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_of_nested_tensors_is_trained(strict: bool) -> None:
+    data = [(nested(torch.strided), zeros(2, 1))]
+    learner = tiny_learner(model=SumOfRows(), data=data, strict=strict)
+    learner.fit(1)
+    assert learner.history.rows

@@ -67,6 +67,12 @@ def test_it_is_a_loop_with_growing_rates(accumulate: int) -> None:
     assert list(sweep.smoothed) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(("name", "value"), [("smoothing", "x"), ("divergence", None), ("divergence", 1)])
+def test_numbers_of_a_sweep_are_checked(name: str, value: Any) -> None:
+    with pytest.raises(UsageError, match=rf"^find_learning_rate\({name}={value!r}\): "):
+        find_learning_rate(tiny_learner(), **{name: value})
+
+
 def test_it_stops_where_the_loss_has_grown_too_far() -> None:
     sweep = find_learning_rate(tiny_learner(), start=1e-3, end=1e3, smoothing=0.0, divergence=5.0)
     assert sweep.diverged

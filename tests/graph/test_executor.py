@@ -40,9 +40,10 @@ from flowtrain.graph.executor import EXECUTORS, Mailbox, Resumable, find_executo
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.testing import TinySite
+from flowtrain.testing import TinySite, tiny_learner
 from flowtrain_dask import DaskExecutor
 from tests.support.examples import examples
+from tests.support.interrupts import interrupted
 from tests.support.untyped import untyped
 
 
@@ -269,6 +270,22 @@ def test_fit_end_runs_for_everybody_also_through_an_interrupt() -> None:
         learner(FailsAtEnd(ran), Interrupted(ran), Last(ran)).fit(1)
     assert ran[-1] == "Last"
     assert [repr(other) for other in untyped(caught.value).others] == ["ValueError('first')"]
+
+
+def test_an_interrupt_before_the_first_handler_of_the_end_is_not_hidden() -> None:
+    """Rule 17: the handlers of `FitEnd` run, and no other exception takes the place of the interrupt."""
+    ran: list[str] = []
+
+    class Last(Callback):
+        @on(FitEnd)
+        def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
+            ran.append("end")
+
+    fire = tiny_learner(Last(), default_callbacks=False).loop.dispatch.fire
+    fire(FitEnd(), Phase())  # makes the runner
+    found = list(interrupted(lambda: fire(FitEnd(), Phase()), "graph/serial.py"))
+    assert any(found)
+    assert len(ran) > 1
 
 
 def test_a_callback_that_was_removed_is_let_go() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -76,3 +78,22 @@ def test_shapes_that_would_only_broadcast_are_refused(
 def test_top_k_needs_a_whole_number(k: int) -> None:
     with pytest.raises(UsageError, match=rf"top_k_accuracy\(\): k is a whole number, at least 1, got {k!r}\."):
         top_k_accuracy(k)
+
+
+@pytest.mark.parametrize(
+    ("metric", "outputs", "text"),
+    [
+        (
+            accuracy,
+            {"logits": torch.zeros(2, 2)},
+            "accuracy compares tensors, and the outputs are dict with keys 'logits'. Take the part that is meant: "
+            "Metrics(Metric(lambda outputs, targets: accuracy(outputs['logits'], targets), name='accuracy')).",
+        ),
+        (mean_squared_error, (torch.zeros(2),), "mean_squared_error compares tensors, and the outputs are tuple of 1:"),
+        (top_k_accuracy(2), SimpleNamespace(logits=0), "top_2_accuracy compares tensors, and the outputs are Simple"),
+    ],
+)
+def test_outputs_that_are_no_tensor(metric: Any, outputs: Any, text: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        metric(outputs, torch.zeros(2))
+    assert str(raised.value).startswith(text)

@@ -182,3 +182,11 @@ def test_the_containers_that_the_learner_makes(name: str) -> None:
             assert path in repr(inner)  # paths name no phase
     else:
         assert isinstance(made, SeriesMap)
+
+
+def test_a_copy_has_no_readers() -> None:
+    by_phase: PhaseMap[list[int]] = PhaseMap("cbstate.x", make=list)
+    waiting = by_phase.awaited(TrainingPhase())
+    other = copy.copy(by_phase)
+    assert other[TrainingPhase] is not waiting
+    assert by_phase[TrainingPhase] is waiting

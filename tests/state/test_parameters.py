@@ -75,3 +75,20 @@ def test_a_gradient_is_replaced_by_assigning_and_its_twin_refuses() -> None:
         untyped(grads.twin)["weight"] = torch.zeros(1, 2)
     with pytest.raises(KeyError, match=r"there is no parameter 'wieght'\. Did you mean 'weight'\?"):
         grads["wieght"] = new
+
+
+def test_a_name_may_be_tested_and_looked_up_whatever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = torch.nn.Linear(2, 1)
+    params = Parameters({"": linear})
+    with pytest.raises(KeyError, match=r"there is no parameter 0\."):
+        params[untyped(0)]
+    # A test of a name must not pay for the search for the nearest one.
+    monkeypatch.setattr("flowtrain.state.parameters.nearest", None)
+    gradients = Gradients(params)
+    assert [name in params for name in ("weight", "weigth", 0)] == [True, False, False]
+    assert params.get("weight") is linear.weight
+    assert (params.get("weigth"), params.get(0, 1)) == (None, 1)
+    assert ("weight" in gradients, gradients.get("weight")) == (False, None)
+    linear.weight.grad = torch.ones(1, 2)
+    assert "weight" in gradients
+    assert gradients.get("weight") is linear.weight.grad

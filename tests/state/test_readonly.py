@@ -7,6 +7,7 @@ import pickle
 from collections import Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable
 from enum import Enum
+from operator import add
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -224,3 +225,12 @@ def test_a_twin_of_a_twin_is_itself() -> None:
     twin = readonly({"a": 1}, PATH)
     assert readonly(twin, "cbstate.y") is twin
     assert isinstance(twin, ReadOnlyDict)
+
+
+def test_twins_can_be_added_to_others() -> None:
+    seen, counts = readonly([1, 2], "cbstate.seen"), readonly({"a": 1}, "cbstate.counts")
+    assert (add(seen, [3]), add([0], seen), seen * 2, 2 * seen) == ([1, 2, 3], [0, 1, 2], [1, 2, 1, 2], [1, 2, 1, 2])
+    assert (counts | {"b": 2}, {"a": 0, "b": 2} | counts) == ({"a": 1, "b": 2}, {"a": 1, "b": 2})
+    assert seen + seen == [1, 2, 1, 2]
+    with pytest.raises(ProtectedException):
+        seen += [3]

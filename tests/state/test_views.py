@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from flowtrain import Access, Event, Read, TrainingPhase, ValidationPhase, Write
+from flowtrain import Access, Callback, EpochEnd, Event, Phase, Read, TrainingPhase, ValidationPhase, Write, on
 from flowtrain.callback.access import ROOTS, Declaration, Path, declare, dotted, granted, overlap, union
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import FlowtrainError, MissingStateError, ProtectedException, UsageError
@@ -22,6 +22,7 @@ from flowtrain.state.learner_state import Named
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.readonly import ReadOnlyDict, ReadOnlyList
 from flowtrain.state.views import bind_view, compile_view
+from flowtrain.testing import tiny_learner
 from tests.support.untyped import untyped
 from tests.support.views import made, view_of
 
@@ -340,7 +341,8 @@ def test_a_name_that_no_learner_has() -> None:
         _ = learner.btach
     assert str(caught.value) == (
         "a handler's learner has no 'btach'. Did you mean 'batch'? It has: model, lossfn, optimizer, data, params, "
-        "batch, cbstate, callbacks and fire(); how far training is stands in cbstate.history."
+        "batch, cbstate, callbacks and fire(); the numbers of epochs, steps and updates are in "
+        "cbstate.history."
     )
     with pytest.raises(AttributeError, match=r"no 'seen'\. To keep something declare .* write learner\.cbstate\.seen"):
         learner.seen = 1
@@ -589,3 +591,39 @@ def test_a_refusal_keeps_the_exchanges_that_are_declared() -> None:
     assert pasted(str(error.value)) == declare(
         {"batch.loss": Read(reduce="mean"), "cbstate.best": Write(broadcast=True), "batch.inputs": Read()}, "Mine"
     )
+
+
+@pytest.mark.parametrize("executor", ["serial", "dask"])
+def test_a_deferrable_callback_reads_no_number_of_updates(executor: str) -> None:
+    class Late(Callback):
+        deferrable = True
+
+        @on(EpochEnd, TrainingPhase)
+        def end(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            print(learner.updates)
+
+    learner = tiny_learner(Late(), n_batches=1, executor=executor)
+    with learner, pytest.raises(UsageError) as raised:
+        learner.fit(1)
+    assert str(raised.value) == (
+        "Late is deferrable and reads learner.updates: training may be ahead of its handlers. Declare "
+        '{"cbstate.history": Read()} and read those of a phase: learner.cbstate.history[phase].updates.'
+    )
+
+
+def test_an_error_within_a_property_of_the_model_is_told() -> None:
+    class Broken(torch.nn.Linear):
+        @property
+        def head(self) -> object:
+            return self.hidden
+
+    class Looks(Callback):
+        def state_access(self) -> Access:
+            return {"model.head": Read()}
+
+        @on(EpochEnd, TrainingPhase)
+        def end(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+            assert learner.model.head
+
+    with pytest.raises(MissingStateError, match=r"and there is nothing\. 'Broken' object has no attribute"):
+        tiny_learner(Looks(), model=Broken(1, 1), n_batches=1).fit(1)
