@@ -31,7 +31,7 @@ from flowtrain.core.replica import LEAVES
 from flowtrain.core.settings import Settings, Shard
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
-from flowtrain.errors import CoreError, nearest
+from flowtrain.errors import CoreError, UsageError, is_a, nearest
 from flowtrain.state.shards import whole
 
 __all__ = ["Sharded", "full_state_dict"]
@@ -50,7 +50,12 @@ def full_state_dict(model: torch.nn.Module) -> dict[str, Any]:
 
     Returns:
         The entries by name; an empty mapping on all ranks but the main one.
+
+    Raises:
+        UsageError: `model` is no module.
     """
+    if not is_a(model, torch.nn.Module):
+        raise UsageError(f"full_state_dict({model!r}) takes a module. Write full_state_dict(learner.model).")
     main = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
     found: dict[str, Any] = {}
     for name, entry in model.state_dict().items():

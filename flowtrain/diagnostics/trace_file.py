@@ -214,6 +214,8 @@ def _make(path: Path) -> Path:
             found.open("xb").close()  # so that no file of the user is lost
             return found
         except FileExistsError:
+            if not found.is_file():  # a folder, or a device: another name beside it is not meant
+                raise LoggingError(f"{found} exists and is no file") from None
             number += 1
             found = path.with_name(f"{path.stem}-{number}{path.suffix}")
 

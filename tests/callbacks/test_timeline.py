@@ -234,9 +234,10 @@ def test_further_fits_of_a_learner_have_files_of_their_own(tmp_path: Path, caplo
     assert not caplog.messages
 
 
-@pytest.mark.parametrize("below", ["a file/timeline.json", "\0"])
+@pytest.mark.parametrize("below", ["a file/timeline.json", "\0", "a folder"])
 def test_a_path_that_cannot_be_written(tmp_path: Path, below: str, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a file").write_text("")
+    (tmp_path / "a folder").mkdir()
     timeline = Timeline(tmp_path / below)
     learner = tiny_learner(timeline, n_batches=2)
     history = learner.fit(1)
@@ -245,7 +246,7 @@ def test_a_path_that_cannot_be_written(tmp_path: Path, below: str, caplog: pytes
     (text,) = caplog.messages
     assert text.startswith(f"flowtrain: the timeline {tmp_path / below} cannot be written: ")
     assert text.endswith(". Training runs without it. Choose another path.")
-    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a file", "a folder"]
 
 
 FULL = """

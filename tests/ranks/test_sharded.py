@@ -54,6 +54,7 @@ from flowtrain.callbacks import (
 from flowtrain.core.sharding import full_state_dict
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.shards import whole
+from flowtrain.testing import tiny_learner
 from tests.ranks.by_hand import classes
 from tests.support.ranks import Ranks, rank, returned
 
@@ -476,6 +477,8 @@ def test_the_full_state_in_one_process_is_a_copy() -> None:
     assert list(found) == ["weight", "bias"]
     assert torch.equal(found["weight"], model.weight)
     assert found["weight"].data_ptr() != model.weight.data_ptr()
+    with pytest.raises(UsageError, match=r"full_state_dict\(Learner\(.*takes a module. Write full_state_dict\(learner.mod"):
+        full_state_dict(tiny_learner())  # type: ignore[arg-type]  # the mistake of the test
 
 
 class OwnStep(TrainingPhase):
