@@ -31,8 +31,10 @@ class Found:
         faults: How many faults of each kind have ended a process.
         executors: How many processes had each executor.
         differences: How many differences there were, by variant and kind.
+        runs: How many runs were complete.
     """
 
+    runs: int = 0
     faults: Counter[str] = field(default_factory=Counter)
     executors: Counter[str] = field(default_factory=Counter)
     differences: Counter[str] = field(default_factory=Counter)
@@ -54,7 +56,7 @@ def main() -> int:
     cluster = DaskProcesses(place / "dask")
     try:
         for name in ("a", "b"):
-            cluster.start_worker(name)
+            cluster.start_worker(name, "--preload", "flowtrain_dask.cluster.worker")
         for number in range(arguments.first, arguments.first + arguments.runs):
             name = names[number % len(names)]
             if name not in wholes:
@@ -70,16 +72,19 @@ def main() -> int:
                 wrong = one_run(folder, wholes[name], name, draw, cluster.address, found)
                 if wrong and arguments.keep:
                     shutil.copytree(folder, folder.with_name(f"{number} kept"), dirs_exist_ok=True)
+            found.runs += 1
             found.differences.update(f"{name}: {each}" for each in wrong)
             said = ", ".join(wrong) or "no difference"
             print(f"run {number}, {name}: {found.faults.total() - before} faults, {said}", flush=True)
             shutil.rmtree(folder)
+    except KeyboardInterrupt:
+        print("ended early", flush=True)
     finally:
         cluster.close()
         if not arguments.keep:
             shutil.rmtree(place)
     report = {
-        "runs": arguments.runs, "faults": found.faults.total(), "by kind": found.faults,
+        "runs": found.runs, "faults": found.faults.total(), "by kind": found.faults,
         "processes by executor": found.executors, "differences": found.differences,
     }  # fmt: skip
     print(json.dumps(report, indent=1))

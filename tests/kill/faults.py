@@ -91,8 +91,8 @@ def draw_fault(draw: random.Random, *, disk: bool) -> Fault:
         draw: Draws.
         disk: Whether the folder of the checkpoints is a file system of its own.
     """
-    places = ["moment", "operation", "operation", *PLACES, "an interrupt", "full disk", "no folder"]
-    where = draw.choice([*places, "read-only", "no room"] if disk else places)
+    places = ["moment", "operation", "operation", *PLACES, "an interrupt", "full disk"]
+    where = draw.choice([*places, "read-only", "no room"] if disk else [*places, "no folder"])
     names = ["SIGTERM", "SIGINT"] if where == "an interrupt" else ["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]
     most = {"operation": 260, "an interrupt": 260, "a resume": 3}.get(where, 14)
     return Fault(

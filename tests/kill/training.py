@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -45,8 +45,8 @@ EXECUTORS: dict[str, Callable[[str], Executor]] = {
     "dask": lambda cluster: DaskExecutor(),
     "strands": lambda cluster: DaskExecutor(parallel="always"),
     "lanes": lambda cluster: DaskExecutor(defer="always"),
-    "cluster": lambda cluster: DaskExecutor(cluster, defer="always"),
-    "local": lambda cluster: DaskExecutor("local", defer="always"),
+    "cluster": lambda cluster: DaskExecutor(cluster, defer="always", drain_timeout=120.0),
+    "local": lambda cluster: DaskExecutor("local", defer="always", drain_timeout=120.0),
 }
 """The executors, each made from the address of a cluster."""
 
@@ -115,6 +115,12 @@ class Late(Callback):
 
     def state_access(self) -> Access:
         return {"batch.loss": Read(), self.backends[0].resource: Write()}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.count = state["count"]
 
     @on(BatchEnd, TrainingPhase)
     def record(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
