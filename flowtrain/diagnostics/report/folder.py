@@ -126,6 +126,8 @@ def _homes(folder: Path) -> dict[Path, list[_Found]]:
 
 def _kind(path: Path) -> str:
     """Return the kind of a file, empty if it is of no run."""
+    if not path.is_file():  # a pipe, which nobody may ever write into, or a link to nothing
+        return ""
     if ".tfevents." in path.name:
         return "event file"
     if path.suffix == ".ckpt":

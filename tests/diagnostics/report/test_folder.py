@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -189,6 +190,13 @@ def test_the_pictures_of_a_log_and_unknown_files_are_no_runs(copied: Path) -> No
     (copied / "other.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'/>", "utf-8")
     [run] = find_runs(copied)
     assert len(run.files) == 7
+
+
+def test_pipes_and_links_to_nothing_are_no_files_of_a_run(copied: Path) -> None:
+    os.mkfifo(copied / "pipe.json")
+    (copied / "gone.ckpt").symlink_to(copied / "nowhere")
+    [run] = find_runs(copied)
+    assert (len(run.files), run.notes) == (7, [])
 
 
 def without(folder: Path) -> Path:
