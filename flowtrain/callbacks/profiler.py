@@ -35,10 +35,10 @@ class Profiler(Callback):
     executor runs on other threads are not in it. Of several ranks the main rank is profiled; with ``profiler.ranks =
     "every"`` all are, and the files of the others begin with ``rank-1-`` and so on.
 
-    Reads and writes no state. Declares the resource ``rng``, although it draws no random numbers, because this keeps it
-    on the training thread. Nothing orders it among the callbacks, so put it last in the list: a batch then includes the
-    handlers of `BatchEnd`. Costs a record for each operator of the active and the warm-up batches. No trace is made in
-    a dry run.
+    Reads and writes no state. Declares the resource ``rng``, although it draws no random numbers, because this
+    keeps it on the training thread. No declaration makes it run after other callbacks: put it last in the list, so
+    that a batch includes the handlers of `BatchEnd`. Costs a record for each operator of the active and the warm-up
+    batches. No trace is made in a dry run.
 
     Args:
         folder: The folder of the traces, which is made if it does not exist.

@@ -44,6 +44,8 @@ class SmoothLoss(Callback):
     4
     """
 
+    missing = "Its phases need a loss: put batch.loss into the batch in the step, or leave SmoothLoss out."
+
     def __init__(self, beta: float = 0.98, *, keep: int | None = None) -> None:
         if not is_a(beta, Real) or is_a(beta, bool) or not 0 <= beta < 1:
             raise UsageError(f"SmoothLoss(beta={beta!r}): beta is at least 0 and below 1, such as 0.98.")

@@ -16,6 +16,7 @@ from flowtrain.callbacks import (
     CustomCallback,
     DeviceStats,
     EarlyStopping,
+    GarbageCollect,
     GradNorm,
     LearningRate,
     LogHistograms,
@@ -101,6 +102,7 @@ CASES: dict[str, Case] = {
         lambda _: (flowtrain.callbacks.Freeze({"coeff": 0}),),
         unseen=dict.fromkeys(("begin_fit", "begin_epoch"), "its only parameter is never frozen"),
     ),
+    "GarbageCollect": Case(lambda _: (GarbageCollect(1),)),
     "GradNorm": Case(lambda _: (GradNorm(layers=True),), unseen={"record_layers": "the model names the layers"}),
     "LogHistograms": Case(
         lambda folder: (LogHistograms(backend(folder), every=1, gradients=True),), placed=("backends",)
