@@ -22,7 +22,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from bench.pairs import Report, differences, in_turns, in_turns_afresh, median
-from bench.peers import lightning_fit
+from bench.peers import Work
+from bench.peers import lightning as lightning_fit
 from flowtrain import Learner, TorchCore
 
 FEATURES, WIDTH = 32, 256
@@ -141,7 +142,7 @@ def ours(data: Batches, defaults: Defaults, accumulate: int = 1) -> Callable[[],
 
 
 def lightning(data: Batches) -> Callable[[], object]:
-    return lightning_fit(model_of(), data, None, callbacks=[], strategy="ddp", devices=dist.get_world_size())
+    return lightning_fit(Work(model_of, data, optimizer=SGD), callbacks=[], strategy="ddp", devices=dist.get_world_size())
 
 
 if __name__ == "__main__":

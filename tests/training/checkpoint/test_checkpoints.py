@@ -514,7 +514,7 @@ def test_rule_28_a_request_at_the_beginning_of_a_fit_that_resumes(fit: str, tmp_
         for path, callbacks in ((first.path, seconds), *((second.path, []) for second in seconds)):
             resumed = learner_of(counted := Begins(), *callbacks, seed=99)
             resumed.fit(**FITS[fit], resume=path)
-            assert (everything(resumed), counted.epochs) == wanted, (first.place, path.name)
+            assert (everything(resumed), counted.epochs) == wanted, (first.place, str(path))
 
 
 def test_rule_28_a_request_at_the_end_of_a_fit_that_resumes_and_has_nothing_to_train(tmp_path: Path) -> None:
