@@ -204,7 +204,7 @@ def test_arguments_of_other_libraries(name: str, advice: str) -> None:
     with pytest.raises(UsageError) as raised:
         learner.fit(**unknown)
     assert str(raised.value).startswith(f"fit() takes no argument {name!r}. Write {advice}")
-    assert str(raised.value).endswith("It takes epochs, steps, validate_every, limit_batches, data, resume.")
+    assert str(raised.value).endswith("It takes epochs, steps, validate_every, limit_batches, data, resume, timeline.")
     assert learner.model.coeff.item() == before
 
 
