@@ -196,7 +196,7 @@ def in_lightning(case: Case, device: torch.device) -> Run | None:
     except ImportError:
         return None
 
-    class Module(lightning.LightningModule):  # type: ignore[misc]  # a base class without types
+    class Module(lightning.LightningModule):
         """The same model, loss and optimizer."""
 
         def __init__(self) -> None:

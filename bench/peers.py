@@ -76,7 +76,7 @@ def lightning(work: Work, **options: Any) -> Made:
     warnings.filterwarnings("ignore", module="lightning")  # and a warning of its own code
     logs = work.recorded or work.accuracy
 
-    class Module(library.LightningModule):  # type: ignore[misc]  # an optional peer is untyped
+    class Module(library.LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = work.model()
@@ -102,7 +102,7 @@ def lightning(work: Work, **options: Any) -> Made:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return work.optimizer(self.parameters())
 
-    class AtBatchEnd(library.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class AtBatchEnd(library.Callback):
         def __init__(self, function: AtEnd) -> None:
             self.function = function
 
@@ -202,7 +202,7 @@ def keras(work: Work) -> Made:
         metrics=["sparse_categorical_accuracy"] if work.accuracy else [],
     )
 
-    class AtBatchEnd(library.callbacks.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class AtBatchEnd(library.callbacks.Callback):
         def __init__(self, function: Callable[[Any, Any], object]) -> None:
             super().__init__()
             self.function = function
@@ -241,7 +241,7 @@ def skorch(work: Work) -> Made:
         def __getitem__(self, place: int) -> Any:
             return self.data[place]
 
-    class AtBatchEnd(kinds.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class AtBatchEnd(kinds.Callback):
         def __init__(self, function: AtEnd) -> None:
             self.function, self.count = function, 0
 
@@ -250,7 +250,7 @@ def skorch(work: Work) -> Made:
                 self.count += 1
                 self.function(net.module_, more["loss"], self.count)
 
-    class Scores(kinds.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class Scores(kinds.Callback):
         """Records the accuracy of each batch in the history, of which skorch makes the means of epochs."""
 
         def on_batch_end(self, net: Any, batch: Any = None, training: bool = False, **more: Any) -> None:
@@ -285,7 +285,7 @@ def torchtnt(work: Work) -> Made:
     losses: list[float] = []
     accuracies: list[float] = []
 
-    class Unit(framework.TrainUnit, framework.EvalUnit):  # type: ignore[misc]  # an optional peer is untyped
+    class Unit(framework.TrainUnit, framework.EvalUnit):
         def __init__(self) -> None:
             super().__init__()
             self.module = work.model()
@@ -313,7 +313,7 @@ def torchtnt(work: Work) -> Made:
             if work.accuracy:
                 accuracies.append(accuracy(outputs, targets).item())
 
-    class AtBatchEnd(framework.callback.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class AtBatchEnd(framework.callback.Callback):
         def __init__(self, function: AtEnd) -> None:
             self.function = function
 
@@ -343,7 +343,7 @@ def fastai(work: Work) -> Made:
     progress: Any = import_module("fastai.callback.progress")
     accuracies: list[float] = []
 
-    class AtBatchEnd(library.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class AtBatchEnd(library.Callback):
         def __init__(self, function: AtEnd) -> None:
             self.function = function
 
@@ -351,7 +351,7 @@ def fastai(work: Work) -> Made:
             if self.learn.training:
                 self.function(self.learn.model, self.learn.loss, self.learn.train_iter)
 
-    class Accuracies(library.Callback):  # type: ignore[misc]  # an optional peer is untyped
+    class Accuracies(library.Callback):
         def after_batch(self) -> None:
             accuracies.append(accuracy(self.learn.pred, self.learn.y).item())
 
