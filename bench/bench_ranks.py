@@ -142,7 +142,8 @@ def ours(data: Batches, defaults: Defaults, accumulate: int = 1) -> Callable[[],
 
 
 def lightning(data: Batches) -> Callable[[], object]:
-    return lightning_fit(Work(model_of, data, optimizer=SGD), callbacks=[], strategy="ddp", devices=dist.get_world_size())
+    work = Work(model_of, data, optimizer=SGD)
+    return lightning_fit(work, callbacks=[], strategy="ddp", devices=dist.get_world_size())
 
 
 if __name__ == "__main__":

@@ -91,17 +91,12 @@ def param_groups(
     [('1.*', 1, 0.1, None), ('1.*, no decay', 1, 0.1, 0.0), ('*', 1, 0.001, None), ('*, no decay', 1, 0.001, 0.0)]
     """
     named = dict(model.named_parameters())
-    given: Any = no_decay
     if not is_a(groups, Mapping) or not all(is_a(options, Mapping) for options in groups.values()):
         raise UsageError(
             f"param_groups: groups is {groups!r}. It maps patterns of names to the options of the groups: "
             f"{{'head.*': {{\"lr\": 1e-3}}, '*': {{\"lr\": 1e-5}}}}."
         )
-    if not is_a(given, (bool, str)) and not (is_a(given, Iterable) and all(is_a(each, str) for each in given)):
-        raise UsageError(f"param_groups: no_decay is {given!r}. It is True, False, a pattern or a list of patterns.")
-    patterns = [no_decay] if isinstance(no_decay, str) else [] if isinstance(no_decay, bool) else list(no_decay)
-    for pattern in patterns:
-        match_names("param_groups(no_decay=...)", named, [pattern])
+    patterns = _patterns(no_decay, named)
     found: dict[tuple[str, bool], list[torch.nn.Parameter]] = {}
     for pattern in groups:
         found |= {(pattern, False): [], (pattern, True): []}
@@ -121,6 +116,22 @@ def param_groups(
         for (name, plain), params in found.items()
         if params
     ]
+
+
+def _patterns(no_decay: Any, named: Iterable[str]) -> list[str]:
+    """Return the patterns in the argument `no_decay` of `param_groups`, each of which fits a parameter.
+
+    Raises:
+        UsageError: The argument is of another kind, or a pattern fits no parameter.
+    """
+    if isinstance(no_decay, bool):
+        return []
+    if not is_a(no_decay, str) and not (is_a(no_decay, Iterable) and all(is_a(each, str) for each in no_decay)):
+        raise UsageError(f"param_groups: no_decay is {no_decay!r}. It is True, False, a pattern or a list of patterns.")
+    patterns = [no_decay] if isinstance(no_decay, str) else list(no_decay)
+    for pattern in patterns:
+        match_names("param_groups(no_decay=...)", named, [pattern])
+    return patterns
 
 
 def match_names(what: str, names: Iterable[str], patterns: Iterable[str]) -> dict[str, str | None]:

@@ -117,11 +117,20 @@ class Single:
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
 
-    def watch_nan(self, seen: torch.Tensor | None) -> None: ...
-    def prepare(self) -> None: ...
-    def leave_unsent(self) -> None: ...
-    def average(self, params: Iterable[torch.nn.Parameter]) -> None: ...
-    def share_buffers(self) -> None: ...
+    def watch_nan(self, seen: torch.Tensor | None) -> None:
+        """See `Replica.watch_nan`."""
+
+    def prepare(self) -> None:
+        """See `Replica.prepare`."""
+
+    def leave_unsent(self) -> None:
+        """See `Replica.leave_unsent`."""
+
+    def average(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """See `Replica.average`."""
+
+    def share_buffers(self) -> None:
+        """See `Replica.share_buffers`."""
 
     def send(self, wanted: bool) -> None:
         """See `Replica.send`."""

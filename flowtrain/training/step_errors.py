@@ -72,6 +72,7 @@ def _memory_note(part: str, batch: Mapping[str, object], accumulate: int) -> str
 
 
 def loss_error(phase: object, core: TorchCore, batch: BatchState, what: str) -> LossError:
+    """Return the error for a loss function that fails on a batch, or returns something else than one number."""
     return LossError(
         f"The loss function {core.loss_name} {what}\n"
         f"In {phase!r} it was called with batch.outputs: {describe(batch.outputs)} and batch.targets: "

@@ -106,10 +106,17 @@ class Alone:
         self.parts = WholeParts()
         self._core = core
 
-    def begin(self, step: Phase | None = None) -> None: ...
-    def begin_fit(self, save: Callable[[], None]) -> None: ...
-    def point(self, name: str, failures: Failures) -> None: ...
-    def merge(self, phase: Phase, failures: Failures) -> None: ...
+    def begin(self, step: Phase | None = None) -> None:
+        """See `Together.begin`."""
+
+    def begin_fit(self, save: Callable[[], None]) -> None:
+        """See `Together.begin_fit`."""
+
+    def point(self, name: str, failures: Failures) -> None:
+        """See `Together.point`."""
+
+    def merge(self, phase: Phase, failures: Failures) -> None:
+        """See `Together.merge`."""
 
     def divide(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
         """See `Together.divide`."""

@@ -76,10 +76,17 @@ class Parts(Protocol):
 class WholeParts:
     """The parts of checkpoints of a learner in one process, which has the whole state: a `Parts`."""
 
-    def check_request(self) -> None: ...
-    def drop(self, requests: Sequence[CheckpointRequest]) -> None: ...
-    def note_load(self, path: Any) -> None: ...
-    def seed_anew(self) -> None: ...
+    def check_request(self) -> None:
+        """See `Parts.check_request`."""
+
+    def drop(self, requests: Sequence[CheckpointRequest]) -> None:
+        """See `Parts.drop`."""
+
+    def note_load(self, path: Any) -> None:
+        """See `Parts.note_load`."""
+
+    def seed_anew(self) -> None:
+        """See `Parts.seed_anew`."""
 
     def begin(self, finite: bool) -> bool:
         """See `Parts.begin`."""
