@@ -99,9 +99,9 @@ def watched_phase(who: str, call: str, wanted: type[Phase], phases: Sequence[Pha
     if len(found) == 1 or (found and last):
         return found[-1]
     missing = "and the data has several of that kind" if found else "which the data does not have"
-    listed = ", ".join(map(repr, phases)) or "nothing"
+    listed, example = ", ".join(map(repr, phases)) or "nothing", repr(phases[-1]) if phases else "TrainingPhase"
     raise UsageError(
-        f"{who} watches {wanted.__name__}, {missing}. The data has {listed}. Write {call}, phase={phases[-1]!r})."
+        f"{who} watches {wanted.__name__}, {missing}. The data has {listed}. Write {call}, phase={example})."
     )
 
 

@@ -26,7 +26,7 @@ from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
 
-__all__ = ["DataParallel", "check_unwrapped", "equalise", "send_buffers"]
+__all__ = ["DataParallel", "check_unwrapped", "equalise", "send_buffers", "share_nan"]
 
 _SYNC_BUFFERS = next(
     name
@@ -94,8 +94,8 @@ def _zero(param: torch.Tensor, *, sparse: bool) -> torch.Tensor:
 class DataParallel:
     """The models of one learner on one of several ranks, which all have the whole models: a `Replica`.
 
-    Among the gradients the first flag is a 1 of the main rank, by which a rank sees that the flags have travelled: it
-    means nothing else in a training batch.
+    No training batch uses the first flag, so the main rank sends a 1 in it with the gradients. A rank that reads
+    another sum there knows that DDP has not sent the flags.
 
     Args:
         world: The ranks.
@@ -106,10 +106,10 @@ class DataParallel:
         options: The arguments of the user for DDP.
 
     Attributes:
-        wraps: See `Replica.wraps`: true if there is one model without a name.
+        runs_bundled_steps: See `Replica.runs_bundled_steps`: true if there is one model without a name.
     """
 
-    together = False
+    forward_is_collective = False
     unsent: UnsentGradients | None = None
 
     def __init__(
@@ -125,7 +125,7 @@ class DataParallel:
         self._modules = [*models.values(), *losses]
         check_unwrapped(self._modules)
         self._world, self._device = world, device
-        self.wraps, self._options = call is not None, options
+        self.runs_bundled_steps, self._options = call is not None, options
         self._nan_seen: torch.Tensor | None = None
         looks = bool(options.get("find_unused_parameters"))  # DDP would take the parameter of the flags as unused
         if looks and any(True for module in losses for _ in module.parameters()):
@@ -162,28 +162,29 @@ class DataParallel:
         """See `Replica.model`."""
         return self._world.guarded(self._ddp, *inputs, **named)  # its second call has a collective of its own
 
-    def send(self, wanted: bool) -> None:
-        """See `Replica.send`."""
-        if self.sends is not wanted:  # an attribute of a module takes microseconds to set
+    def set_gradient_sync(self, wanted: bool) -> None:
+        """See `Replica.set_gradient_sync`."""
+        if self.syncs_gradients is not wanted:  # an attribute of a module takes microseconds to set
             self._ddp.require_backward_grad_sync = wanted
 
     @property
-    def sends(self) -> bool:
-        """See `Replica.sends`."""
+    def syncs_gradients(self) -> bool:
+        """See `Replica.syncs_gradients`."""
         return bool(self._ddp.require_backward_grad_sync)
 
     @property
-    def meets(self) -> bool:
-        """See `Replica.meets`."""
-        return self.sends
+    def has_sync_point(self) -> bool:
+        """See `Replica.has_sync_point`."""
+        return self.syncs_gradients
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
         """See `Replica.backward`."""
-        if self._nan_seen is not None and self.sends:
-            self._world.guarded(dist.all_reduce, self._nan_seen, op=dist.ReduceOp.MAX)
-        if self._flags is None or not self.sends or not loss.requires_grad:  # without a graph, `backward` raises
+        if self.syncs_gradients:
+            share_nan(self._world, self._nan_seen)
+        # Without a graph `backward` raises.
+        if self._flags is None or not self.syncs_gradients or not loss.requires_grad:
             self._world.guarded(loss.backward)
-            return self._world.sum(flags) if self.sends else [0] * FLAGS
+            return self._world.sum(flags) if self.syncs_gradients else [0] * FLAGS
         self._flags.grad = None
         # The gradient of a product with the parameter is the other factor, whatever the loss is. The sum is the loss
         # itself, because the parameter is zero.
@@ -209,7 +210,7 @@ class DataParallel:
         """See `Replica.leave`. Every gradient that this rank sends is zero."""
         if self._wrapped is None:
             return self._world.sum(flags)
-        self.send(True)
+        self.set_gradient_sync(True)
         self._wrapped.without_batch = True
         try:
             with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
@@ -217,8 +218,8 @@ class DataParallel:
         finally:
             self._wrapped.without_batch = False
 
-    def leave_unsent(self) -> None:
-        """See `Replica.leave_unsent`: the second call of DDP has a collective of its own."""
+    def skip_unsent_batch(self) -> None:
+        """See `Replica.skip_unsent_batch`: the second call of DDP has a collective of its own."""
         if self._wrapped is None:
             return
         self._wrapped.without_batch = True
@@ -228,8 +229,8 @@ class DataParallel:
         finally:
             self._wrapped.without_batch = False
 
-    def leave_forward(self) -> bool:
-        """See `Replica.leave_forward`; other ranks need nothing from this one in a forward pass."""
+    def finish_forward(self) -> bool:
+        """See `Replica.finish_forward`; other ranks need nothing from this one in a forward pass."""
         return True
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
@@ -238,6 +239,7 @@ class DataParallel:
         A parameter that has a gradient on some ranks only counts as zero on the others; one without a gradient on any
         rank stays without. Sparse gradients take a collective for each parameter.
         """
+        share_nan(self._world, self._nan_seen)
         sparse = _sparse(module for root in self._modules for module in root.modules())
         trained = [param for param in params if param.requires_grad]
         for param in trained:
@@ -259,6 +261,12 @@ class DataParallel:
     def share_buffers(self) -> None:
         """See `Replica.share_buffers`."""
         send_buffers(self._world, self._modules)
+
+
+def share_nan(world: World, seen: torch.Tensor | None) -> None:
+    """Set the tensor of `Replica.watch_nan` to 1 on all ranks if it is 1 on one of them; ``None`` is not sent."""
+    if seen is not None:
+        world.guarded(dist.all_reduce, seen, op=dist.ReduceOp.MAX)
 
 
 def send_buffers(world: World, modules: Iterable[torch.nn.Module]) -> None:

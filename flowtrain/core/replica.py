@@ -14,12 +14,12 @@ import torch
 
 from flowtrain.core.unsent_gradients import UnsentGradients
 
-__all__ = ["FLAGS", "LEAVES", "Replica", "Single"]
+__all__ = ["FIRST_FAILURE", "FLAGS", "Replica", "Single"]
 
 FLAGS: Final = 8
 """The number of flags; `flowtrain.training.ranks.sync_points` says what each of them means."""
 
-LEAVES: Final = 3
+FIRST_FAILURE: Final = 3
 """The first of the flags that mean a failure, by its index. If any rank sets one of them, no rank makes the update."""
 
 
@@ -27,12 +27,12 @@ class Replica(Protocol):
     """The models of one learner in this process."""
 
     @property
-    def wraps(self) -> bool:
+    def runs_bundled_steps(self) -> bool:
         """Whether the batches of a bundled phase run through `model` and `backward`, which know the other ranks."""
         ...
 
     @property
-    def together(self) -> bool:
+    def forward_is_collective(self) -> bool:
         """Whether a forward pass is a collective, in evaluation too, so that all ranks evaluate together."""
         ...
 
@@ -42,18 +42,18 @@ class Replica(Protocol):
         ...
 
     @property
-    def sends(self) -> bool:
+    def syncs_gradients(self) -> bool:
         """Whether the gradients of this batch travel in its backward pass."""
         ...
 
     @property
-    def meets(self) -> bool:
+    def has_sync_point(self) -> bool:
         """Whether this batch has a sync point in its backward pass, or right before."""
         ...
 
     @property
     def model(self) -> Callable[..., Any]:
-        """The function by which a bundled step of training runs the model, if `wraps`."""
+        """The function by which a bundled step of training runs the model, if `runs_bundled_steps`."""
         ...
 
     def watch_nan(self, seen: torch.Tensor | None) -> None:
@@ -62,7 +62,7 @@ class Replica(Protocol):
     def prepare(self) -> None:
         """Be ready for a batch; all ranks call this when other parameters may be trained than before."""
 
-    def send(self, wanted: bool) -> None:
+    def set_gradient_sync(self, wanted: bool) -> None:
         """Say whether the gradients of the next batch travel: not if its accumulation group has further batches."""
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
@@ -84,10 +84,10 @@ class Replica(Protocol):
         """
         ...
 
-    def leave_unsent(self) -> None:
-        """Take part in the batch of the other ranks without a batch, if it sends no gradients and has no sync point."""
+    def skip_unsent_batch(self) -> None:
+        """Take part in a batch of the other ranks that neither sends gradients nor has a sync point."""
 
-    def leave_forward(self) -> bool:
+    def finish_forward(self) -> bool:
         """Take part in what is left of the present forward pass, without computing anything.
 
         Returns:
@@ -97,7 +97,11 @@ class Replica(Protocol):
         ...
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """Set the gradients of parameters to their means over all ranks, if the backward pass has not sent them."""
+        """Set the gradients of parameters to their means over all ranks, if the backward pass has not sent them.
+
+        The gradients of a NaN loss spread to all ranks with the means, so before that the tensor of `watch_nan` is set
+        to 1 on all of them.
+        """
 
     def share_buffers(self) -> None:
         """Set the buffers of all ranks, such as the statistics of BatchNorm, to those of the main rank."""
@@ -110,9 +114,9 @@ class Single:
         model: The function that runs the model.
     """
 
-    wraps = together = False
+    runs_bundled_steps = forward_is_collective = False
     unsent: UnsentGradients | None = None
-    sends = meets = True
+    syncs_gradients = has_sync_point = True
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model
@@ -123,8 +127,8 @@ class Single:
     def prepare(self) -> None:
         """See `Replica.prepare`."""
 
-    def leave_unsent(self) -> None:
-        """See `Replica.leave_unsent`."""
+    def skip_unsent_batch(self) -> None:
+        """See `Replica.skip_unsent_batch`."""
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
         """See `Replica.average`."""
@@ -132,9 +136,9 @@ class Single:
     def share_buffers(self) -> None:
         """See `Replica.share_buffers`."""
 
-    def send(self, wanted: bool) -> None:
-        """See `Replica.send`."""
-        self.sends = self.meets = wanted
+    def set_gradient_sync(self, wanted: bool) -> None:
+        """See `Replica.set_gradient_sync`."""
+        self.syncs_gradients = self.has_sync_point = wanted
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
         """See `Replica.backward`."""
@@ -145,6 +149,6 @@ class Single:
         """See `Replica.leave`."""
         return [*flags]
 
-    def leave_forward(self) -> bool:
-        """See `Replica.leave_forward`."""
+    def finish_forward(self) -> bool:
+        """See `Replica.finish_forward`."""
         return True

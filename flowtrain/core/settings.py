@@ -18,7 +18,7 @@ from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 __all__ = ["Settings", "Shard", "setting"]
 
 Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
-"""Which submodules are units of their own: those of a class or of several, or those a function says yes to."""
+"""Which submodules are units of their own: those of one class or of several, or those that a function chooses."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ they free what is not theirs. So a forward pass is a sequence of collectives, in
 a rank without a batch has to take part in all of them.
 
 Ranks agree on a training batch by a message between the loss and the backward pass. A rank that fails before takes
-part in the gathers that are left, without computing anything (`Sharded.leave_forward`). It knows them from the last
+part in the gathers that are left, without computing anything (`Sharded.finish_forward`). It knows them from the last
 complete forward pass, since the units run in the same order in every batch. In the first forward pass no rank knows the
 order yet, so all of them agree before each unit, by a message.
 
@@ -18,7 +18,7 @@ its process has ended.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch.optim import Optimizer
 
-from flowtrain.core.data_parallel import check_unwrapped, equalise, send_buffers
-from flowtrain.core.replica import LEAVES
+from flowtrain.core.data_parallel import check_unwrapped, equalise, send_buffers, share_nan
+from flowtrain.core.replica import FIRST_FAILURE
 from flowtrain.core.settings import Settings, Shard
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
@@ -86,7 +86,8 @@ class Sharded:
         CoreError: The model, the loss function or the optimizer cannot be used with shards.
     """
 
-    wraps = together = meets = True  # each batch has a sync point, as all ranks gather in it
+    # All ranks gather in each forward pass, so each batch has a sync point.
+    runs_bundled_steps = forward_is_collective = has_sync_point = True
 
     def __init__(
         self,
@@ -119,7 +120,7 @@ class Sharded:
         self._orders: dict[bool, list[int]] = {}  # the units of a complete forward pass, by whether it was training
         self._place: _Place = "before"
         self._first = False  # whether this is a forward pass whose order of units is not known yet
-        self.sends = True
+        self.syncs_gradients = True
         self._nan_seen: torch.Tensor | None = None
         self._agree: Callable[[], None] | None = None
         for number, unit in enumerate(self._units):
@@ -167,8 +168,8 @@ class Sharded:
         """Note that a sync point before a forward pass is over."""
         self._place = "before"
 
-    def leave_forward(self) -> bool:
-        """See `Replica.leave_forward`."""
+    def finish_forward(self) -> bool:
+        """See `Replica.finish_forward`."""
         training = torch.is_grad_enabled()
         order = self._orders.get(training)
         done = len(self._running) if self._place == "inside" else 0
@@ -185,8 +186,8 @@ class Sharded:
 
     # --- the backward pass
 
-    def leave_unsent(self) -> None:
-        """See `Replica.leave_unsent`. There is nothing to do: each batch has a sync point, and it is over."""
+    def skip_unsent_batch(self) -> None:
+        """See `Replica.skip_unsent_batch`. There is nothing to do: each batch has a sync point, and it is over."""
 
     def prepare(self) -> None:
         """See `Replica.prepare`. There is nothing to do: units see by themselves which parameters are trained."""
@@ -195,11 +196,11 @@ class Sharded:
         """See `Replica.watch_nan`: a NaN of one rank is in the gradients of all, so the guard of all must skip it."""
         self._nan_seen = seen
 
-    def send(self, wanted: bool) -> None:
-        """See `Replica.send`. While gradients do not travel, each rank adds whole gradients of its own."""
+    def set_gradient_sync(self, wanted: bool) -> None:
+        """See `Replica.set_gradient_sync`. While gradients do not travel, each rank adds whole gradients of its own."""
         self._place = "before"
-        if wanted != self.sends:
-            self.sends = wanted
+        if wanted != self.syncs_gradients:
+            self.syncs_gradients = wanted
             self._root.set_requires_gradient_sync(wanted)
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
@@ -207,11 +208,10 @@ class Sharded:
         if not loss.requires_grad:
             loss.backward()  # raises, and the other ranks are told
         sums = self._world.sum(flags)
-        if any(sums[LEAVES:]):
+        if any(sums[FIRST_FAILURE:]):
             self.reset()
             return sums
-        if self._nan_seen is not None:
-            self._world.guarded(dist.all_reduce, self._nan_seen, op=dist.ReduceOp.MAX)
+        share_nan(self._world, self._nan_seen)
         try:
             self._world.guarded(loss.backward)
         except BaseException:
@@ -222,7 +222,7 @@ class Sharded:
 
     def leave(self, flags: Sequence[int]) -> list[int]:
         """See `Replica.leave`."""
-        self.leave_forward()
+        self.finish_forward()
         sums = self._world.sum(flags)
         self.reset()
         return sums
@@ -234,8 +234,9 @@ class Sharded:
         self._running.clear()
         self._place = "before"
 
-    def average(self, params: Any) -> None:
-        """Set the gradients of a group that has ended before its last batch to their means over all ranks."""
+    def average(self, params: Iterable[torch.nn.Parameter]) -> None:
+        """See `Replica.average`: these are all gradients of a group that has ended before its last batch."""
+        share_nan(self._world, self._nan_seen)
         self.unsent.average()
 
     def share_buffers(self) -> None:

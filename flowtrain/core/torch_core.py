@@ -148,7 +148,7 @@ class TorchCore:
 
     def release(self, state: LearnerState) -> None:
         """Belong to no learner any more, because the learner of this state, which was being built, was refused."""
-        if self._state is state:  # otherwise the core belongs to another learner, which goes on using it
+        if self._state is state:  # otherwise the core belongs to another learner, which still uses it
             self._state = None
 
     def close(self) -> None:

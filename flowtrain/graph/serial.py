@@ -10,7 +10,7 @@ from weakref import WeakSet
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import ExecutorError
-from flowtrain.graph.executor import Runner, Site
+from flowtrain.graph.executor import EXECUTORS, Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
 from flowtrain.graph.what_if import WhatIf
@@ -89,13 +89,19 @@ class SerialExecutor:
         """Return what ``executor="dask"`` would save, estimated from the times of the last fit with a timeline.
 
         Raises:
-            ExecutorError: The executor has no learner.
+            ExecutorError: The executor has no learner, or dask is not installed.
             UsageError: No fit of these callbacks has had a timeline.
         """
         if self._site is None:
             raise ExecutorError("This SerialExecutor has no learner yet. Write learner.executor.what_if().")
-        # This package is in the layers above, and an estimate needs its way to spread handlers over threads.
-        found: WhatIf = importlib.import_module("flowtrain_dask.what_if").estimate(self._site)
+        import_path, install = EXECUTORS["dask"]  # which spreads the handlers over threads
+        try:
+            estimates = importlib.import_module(f"{import_path.partition(':')[0]}.what_if")
+        except ImportError as error:
+            raise ExecutorError(
+                f"what_if() estimates what executor='dask' would save, which is not installed ({error}): {install}"
+            ) from error
+        found: WhatIf = estimates.estimate(self._site)
         return found
 
     def flush(self) -> None:

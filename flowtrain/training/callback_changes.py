@@ -157,11 +157,11 @@ def _peers(loop: Loop) -> Peers | None:
     if core.world is None:
         return None
     in_batch: tuple[type[Event], ...] = ()
-    if core.replica.wraps:  # the ranks agree on a batch when they send its gradients
+    if core.replica.runs_bundled_steps:  # the ranks agree on a batch when they send its gradients
         in_batch = (UpdateBegin, UpdateEnd)
         if core.accumulate == 1:
             in_batch = (BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd)
-    sharded, world = core.replica.together, core.world
+    sharded, world = core.replica.forward_is_collective, core.world
     return Peers(world.rank, world.size, world.exchange, sharded=sharded, in_batch=in_batch)
 
 

@@ -239,8 +239,8 @@ class Steps(StepContext):
         if on.backward_end is not None:
             on.backward_end(_BACKWARD_END, phase)
         if core.plain:
-            # These lines are `update_due` for a plain core. They stand here too, since a call of it and of its three
-            # functions of the core would be four more calls in every batch (tests/test_costs.py counts them).
+            # These lines are `update_due` for a plain core, written out because four calls fewer in every batch are
+            # worth it (tests/test_costs.py counts them).
             if on.update_begin is not None:
                 on.update_begin(_UPDATE_BEGIN, phase)
             core.optimizer.step()

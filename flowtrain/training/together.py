@@ -43,8 +43,8 @@ class Together(Protocol):
             save: Takes the checkpoints that were requested for an interrupt.
 
         Returns:
-            What is done, in the handler of a signal, with the function that ends the fit; ``None`` if it is called at
-            the end of the batch.
+            A function for the handler of a signal: it takes the function that ends the fit, and keeps it until all
+            ranks know of the signal. ``None``: the fit ends at the end of the batch.
         """
         ...
 

@@ -79,6 +79,20 @@ def test_a_lane_that_is_full_and_a_flush_name_who_made_training_wait(tmp_path: P
     assert "waits for lane Slow" in {one.name for one in stalls}
 
 
+class Late(Uploads):
+    """Takes longer for an event than one look of a flush lasts."""
+
+    seconds = 0.6
+
+
+def test_one_wait_for_a_lane_is_one_wait_in_the_timeline(tmp_path: Path) -> None:
+    learner = tiny_learner(Late(), n_batches=1, executor=DaskExecutor(defer="always"))
+    learner.fit(1, timeline=tmp_path / "timeline.json")
+    learner.close()
+    [wait] = [one for one in slices_of(tmp_path / "timeline.json") if one.name == "waits for lane Late"]
+    assert wait.end - wait.begin > 0.3e6
+
+
 def test_the_events_of_a_lane_on_a_cluster_are_in_the_call_of_their_batch(
     tmp_path: Path, dask_processes: DaskProcesses
 ) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -61,6 +63,22 @@ def test_without_times_it_says_what_to_do(executor: str) -> None:
         text = 'Measure them first, in a fit with a timeline: learner.fit(steps=100, timeline="timeline.json").'
         with pytest.raises(UsageError, match=re.escape(text)):
             learner.executor.what_if()  # type: ignore[attr-defined]  # the executors of flowtrain have it
+
+
+WITHOUT_DASK = """
+import sys
+from flowtrain.testing import tiny_learner
+sys.modules["dask"] = None
+with tiny_learner(n_batches=1) as learner:
+    learner.executor.what_if()
+"""
+
+
+def test_without_dask_it_says_what_to_install() -> None:
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DASK], stderr=subprocess.PIPE, text=True, check=False)
+    *_, last = done.stderr.splitlines()
+    assert "ExecutorError: what_if() estimates what executor='dask' would save, which is not installed (" in last
+    assert last.endswith("): pip install 'flowtrain[dask]'")
 
 
 def test_an_executor_without_a_learner() -> None:

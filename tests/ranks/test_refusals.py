@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -315,17 +316,45 @@ def test_a_fit_by_steps_over_loaders_without_a_length(ranks: Ranks) -> None:
     assert one[1] == 10
 
 
-def nan() -> Any:
-    data = batches()
+class OwnStep(AbstractTrainingPhase):
+    """Trains as a bundled phase does."""
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        """Train on one batch."""
+        inputs, targets = raw
+        with learner.run_batch(self, inputs=inputs, targets=targets) as batch:
+            batch.outputs = learner.model(inputs)
+            batch.loss = learner.lossfn(batch.outputs, targets)
+            learner.backward(self, batch.loss)
+            learner.update(self)
+
+
+class Uncounted:
+    """Batches of which nobody knows the number."""
+
+    def __init__(self, data: list[Any]) -> None:
+        self._data = data
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._data)
+
+
+def nan(how: str) -> Any:
+    data: Any = batches()
     if rank():
-        data[1][1].fill_(float("nan"))
-    made = learner(model(), core=TorchCore(device="cpu", lag=2), data=data, kind=partial(torch.optim.AdamW, fused=True))
+        data[3 if how == "unfilled" else 1][1].fill_(float("nan"))
+    if how == "unfilled":  # the last batch is alone in its group, and no backward pass sends its gradients
+        data = Uncounted(data)
+    core = TorchCore(device="cpu", lag=2, accumulate=3 if how == "unfilled" else 1)
+    phase = OwnStep if how == "own step" else TrainingPhase
+    made = learner(model(), core=core, data=data, phase=phase, kind=partial(torch.optim.AdamW, fused=True))
     made.fit(2)
     return weights(made.model), type(made.stopped).__name__
 
 
-def test_a_loss_that_is_nan_on_one_rank_changes_no_weight_though_it_is_read_late(ranks: Ranks) -> None:
-    one, two = ranks.values(nan)
+@pytest.mark.parametrize("how", ["bundled", "own step", "unfilled"])
+def test_a_loss_that_is_nan_on_one_rank_changes_no_weight_though_it_is_read_late(how: str, ranks: Ranks) -> None:
+    one, two = ranks.values(nan, how)
     assert one == two
     assert one[1] == "CancelFittingException"
     assert all(torch.tensor(each).isfinite().all() for each in one[0])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from flowtrain.core.replica import FLAGS, LEAVES, Replica
+from flowtrain.core.replica import FIRST_FAILURE, FLAGS, Replica
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.shards import whole
@@ -46,9 +46,10 @@ def made(kind: Kind) -> tuple[nn.Module, Replica]:
 
 def batch(replica: Replica, number: int, *, sends: bool = True, flags: int = 0) -> list[int]:
     """Run a batch up to its backward pass, with this value of each flag that means no failure; return the sums."""
-    replica.send(sends)
-    assert replica.sends == sends
-    return replica.backward(loss_of(replica.model, number), [0] + [flags] * (LEAVES - 1) + [0] * (FLAGS - LEAVES))
+    replica.set_gradient_sync(sends)
+    assert replica.syncs_gradients == sends
+    sent = [0] + [flags] * (FIRST_FAILURE - 1) + [0] * (FLAGS - FIRST_FAILURE)
+    return replica.backward(loss_of(replica.model, number), sent)
 
 
 def is_gradient(model: nn.Module, kind: Kind, *numbers: int) -> bool:
@@ -69,7 +70,7 @@ def computes(kind: Kind) -> tuple[bool, list[int], bool]:
     model, replica = made(kind)
     inputs = classes(1, rank())[0][0]
     same = torch.equal(replica.model(inputs).detach(), module()(inputs).detach())
-    return same, batch(replica, 1, flags=rank() + 1)[1:LEAVES], is_gradient(model, kind, 1)
+    return same, batch(replica, 1, flags=rank() + 1)[1:FIRST_FAILURE], is_gradient(model, kind, 1)
 
 
 def accumulates(kind: Kind) -> bool:
@@ -90,14 +91,14 @@ def leaves(kind: Kind, sends: bool) -> tuple[int, bool]:
     """Let rank 1 leave the second of three batches."""
     model, replica = made(kind)
     batch(replica, 0)
-    replica.send(sends)
-    left, told = [int(place == LEAVES) for place in range(FLAGS)], 0
+    replica.set_gradient_sync(sends)
+    left, told = [int(place == FIRST_FAILURE) for place in range(FLAGS)], 0
     if rank() == 0:
-        told = replica.backward(loss_of(replica.model, 1), [0] * FLAGS)[LEAVES]
-    elif replica.meets:
-        told = replica.leave(left)[LEAVES]
+        told = replica.backward(loss_of(replica.model, 1), [0] * FLAGS)[FIRST_FAILURE]
+    elif replica.has_sync_point:
+        told = replica.leave(left)[FIRST_FAILURE]
     else:
-        replica.leave_unsent()
+        replica.skip_unsent_batch()
     if replica.unsent is not None:
         replica.unsent.discard()
     for param in model.parameters():
@@ -124,6 +125,16 @@ def watched(kind: Kind) -> float:
     return seen.item()
 
 
+def watched_apart(kind: Kind) -> float:
+    """Return whether this rank skips an update after a NaN loss on rank 1 whose gradients were not sent."""
+    model, replica = made(kind)
+    seen = torch.tensor(float(rank()))
+    replica.watch_nan(seen)
+    batch(replica, 0, sends=False)
+    replica.average(model.parameters())
+    return seen.item()
+
+
 class ReplicaContract:
     """The promises, each checked on two ranks; without other ranks each of them is alone."""
 
@@ -145,7 +156,8 @@ class ReplicaContract:
         assert ranks.values(leaves, self.kind, sends) == [(each, True) for each in told]
 
     def test_a_nan_of_one_rank_is_known_to_all_before_the_update(self, ranks: Ranks) -> None:
-        assert ranks.values(watched, self.kind) == ([0, 1] if self.kind is None else [1, 1])
+        for program in (watched, watched_apart):
+            assert ranks.values(program, self.kind) == ([0, 1] if self.kind is None else [1, 1])
 
     def test_buffers_become_those_of_the_main_rank(self, ranks: Ranks) -> None:
         assert ranks.values(buffers, self.kind) == ([5, 6] if self.kind is None else [5, 5])

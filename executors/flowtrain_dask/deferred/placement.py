@@ -226,8 +226,9 @@ class Placement:
         lane = self.lane
         if lane is None:
             return True
-        while not lane.over and not lane.flush(0.25) and not self._stopping():
-            pass
+        with lane.waited_for():
+            while not lane.over and not lane.flush(0.25) and not self._stopping():
+                pass
         return not lane.over and lane.idle
 
     def settled(self, plan: PlanKey, node: Node, handler: Handler) -> Literal["", "in place", "lane"]:

@@ -1,4 +1,4 @@
-"""The decision which callbacks are deferred, which of them share a lane.
+"""Decide which callbacks are deferred, and which of them share a lane.
 
 A deferrable callback stays in place in three cases:
 

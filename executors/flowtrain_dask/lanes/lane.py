@@ -22,6 +22,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 from flowtrain.callback.events import Event, FitEnd
@@ -190,15 +191,18 @@ class Lane:
         goal, _ = self._queue.received
         deadline = None if timeout is None else time.monotonic() + timeout
         pause = _POLL / 64
-        with self._context.wait(f"waits for lane {self.name}"):
-            while not self.refuses and (self._queue.done < goal or self._brought_back < goal):
-                self.process_soon()  # again each time: the other thread may have reset it before the last event was put
-                if deadline is not None and time.monotonic() >= deadline:
-                    return False
-                time.sleep(pause)
-                pause = min(2 * pause, _POLL)
+        while not self.refuses and (self._queue.done < goal or self._brought_back < goal):
+            self.process_soon()  # again each time: the other thread may have reset it before the last event was put
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, _POLL)
         self._flushing = False  # the loop may have set it after the last event was done
         return self._queue.done >= goal
+
+    def waited_for(self) -> AbstractContextManager[None]:
+        """Return a context in which training waits for the lane, once or several times: one wait in a timeline."""
+        return self._context.wait(f"waits for lane {self.name}")
 
     def process_soon(self) -> None:
         """Have the events that wait processed now, and not when more have gathered."""

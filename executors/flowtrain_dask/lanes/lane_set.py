@@ -99,12 +99,13 @@ class LaneSet:
                 lane.process_soon()
         for lane in self.lanes:
             lane.given_up = False
-            while not lane.flush(0.25) and not lane.over:
-                if end is None and _is_stopping(self._site):
-                    end = time.monotonic() + limit
-                if end is not None and time.monotonic() >= end:
-                    self.gave_up = lane.given_up = True
-                    break
+            with lane.waited_for():
+                while not lane.flush(0.25) and not lane.over:
+                    if end is None and _is_stopping(self._site):
+                        end = time.monotonic() + limit
+                    if end is not None and time.monotonic() >= end:
+                        self.gave_up = lane.given_up = True
+                        break
 
     def failures(self) -> list[BaseException]:
         """Return the failures of the lanes. From here on each lane processes events again."""

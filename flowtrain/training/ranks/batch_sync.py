@@ -73,9 +73,9 @@ class BatchSync:
         if isinstance(replica, Sharded):
             replica.agree_by(self._agree_within)
 
-    def wraps(self, phase: Phase) -> bool:
+    def uses_replica(self, phase: Phase) -> bool:
         """Tell whether the batches of a phase run through DDP or shards: those of a phase with the bundled step do."""
-        return self._replica.wraps and has_bundled_step(type(phase), AbstractTrainingPhase)
+        return self._replica.runs_bundled_steps and has_bundled_step(type(phase), AbstractTrainingPhase)
 
     def check_step(self, phase: Phase) -> None:
         """Check that a phase has the bundled step if the model is sharded.
@@ -83,7 +83,7 @@ class BatchSync:
         Raises:
             CoreError: It has a step of its own.
         """
-        if self._replica.together and not has_bundled_step(type(phase)):
+        if self._replica.forward_is_collective and not has_bundled_step(type(phase)):
             raise CoreError(
                 f"{phase!r} has a step of its own, in which a rank that fails could not tell the others, since each "
                 f"use of a sharded model needs all of them. Use the bundled step (split, call_model and callbacks "
@@ -92,9 +92,9 @@ class BatchSync:
 
     # --- a batch, from its begin to its end
 
-    def expect(self, phase: Phase) -> None:
+    def open_batch(self, phase: Phase) -> None:
         """Begin the next training batch, whose step is about to be called."""
-        self._points.begin(GRADIENTS if self.wraps(phase) else MESSAGE)
+        self._points.begin(GRADIENTS if self.uses_replica(phase) else MESSAGE)
 
     def around(self, phase: Phase, step: Callable[[Any], None]) -> Callable[[Any], None]:
         """Return the step of a user's phase with a sync point at its end, if it has opened no batch that has one."""
@@ -112,15 +112,15 @@ class BatchSync:
     def begin(self, phase: AbstractTrainingPhase) -> Callable[..., Any]:
         """Begin a batch of a bundled step, and return the function by which it runs the model."""
         points, replica = self._points, self._replica
-        self.expect(phase)
+        self.open_batch(phase)
         self._dispatch.met.clear()
         self._counted = False
-        if not self.wraps(phase):
+        if not self.uses_replica(phase):
             return self._core.model
         if self._changes_training():
             replica.prepare()
-        replica.send(self._core.groups.fills)
-        if not replica.meets:
+        replica.set_gradient_sync(self._core.groups.fills)
+        if not replica.has_sync_point:
             points.expect(self._question(phase, in_group=True))
         return replica.model
 
@@ -131,13 +131,13 @@ class BatchSync:
     def backward(self, phase: AbstractTrainingPhase, loss: torch.Tensor) -> None:
         """Run the backward pass of a bundled step, with the sync point of the batch if there is one in it."""
         points, replica = self._points, self._replica
-        if not self.wraps(phase):
+        if not self.uses_replica(phase):
             self._core.backward(loss)
             return
         sums = self._core.backward_on_ranks(loss, points.flags())
-        if replica.meets:
+        if replica.has_sync_point:
             points.passed(sums)
-            points.expect(self._question(phase, in_group=not replica.sends))
+            points.expect(self._question(phase, in_group=not replica.syncs_gradients))
 
     def after_backward(self, phase: AbstractTrainingPhase) -> None:
         """Agree on a batch that only accumulates gradients, if a callback may have cancelled it."""
@@ -146,7 +146,7 @@ class BatchSync:
 
     def end(self, phase: AbstractTrainingPhase) -> None:
         """Agree on a batch of a bundled step whose gradients do not travel in the backward pass, before its end."""
-        if not self.wraps(phase):
+        if not self.uses_replica(phase):
             self.agree()
 
     def agree(self, failure: BaseException | None = None) -> None:
@@ -166,8 +166,8 @@ class BatchSync:
         self._counted = True
 
     def average(self, phase: Phase, names: list[str], *, in_batch: bool) -> None:
-        """Average gradients before an update, unless DDP has sent them; first agree that all ranks make the update."""
-        if self.wraps(phase) and in_batch:
+        """Agree that all ranks make an update, and average its gradients; DDP has done both in its backward pass."""
+        if self.uses_replica(phase) and in_batch:
             return
         following = self._points.next
         self.agree()
@@ -176,7 +176,7 @@ class BatchSync:
 
     def begin_update(self, event: UpdateBegin, phase: Phase, runner: Runner | None) -> None:
         """Fire `UpdateBegin`, and let all ranks decide whether the update is made, before any rank makes it."""
-        decides, following = self._decides(phase), NONE if self.wraps(phase) else self._points.next
+        decides, following = self._decides(phase), NONE if self.uses_replica(phase) else self._points.next
         failure: BaseException | None = None
         try:
             if runner is not None:
@@ -194,7 +194,7 @@ class BatchSync:
         try:
             runner(event, phase)
         except CancelException as cancel:
-            if not (self.wraps(phase) and event.in_batch):
+            if not (self.uses_replica(phase) and event.in_batch):
                 raise
             self._scopes.locate(cancel, phase)
             if not isinstance(cancel, CancelBatchException):
@@ -259,7 +259,7 @@ class BatchSync:
 
     def _in_group(self, phase: Phase) -> bool:
         """Tell whether the present batch goes through DDP and its gradients stay on this rank for now."""
-        return self.wraps(phase) and not self._replica.sends
+        return self.uses_replica(phase) and not self._replica.syncs_gradients
 
     def check_request(self) -> None:
         """Check, when a checkpoint is requested, that the other ranks would learn of a failure of this one before it.
@@ -287,7 +287,7 @@ class BatchSync:
             failure: The failure.
             asks: Whether the ranks ask each other before that batch whether they have it.
         """
-        self._points.begin(GRADIENTS if self.wraps(phase) and not asks else MESSAGE)
+        self._points.begin(GRADIENTS if self.uses_replica(phase) and not asks else MESSAGE)
         self._points.fail(failure)
 
     def leave(self, phase: Phase, failure: BaseException) -> BaseException:
@@ -299,12 +299,12 @@ class BatchSync:
             The worst failure of all ranks.
         """
         points, core, scopes = self._points, self._core, self._scopes
-        if not points.known and self.wraps(phase):
+        if not points.known and self.uses_replica(phase):
             self._exchange_nothing(phase)
         untold = scopes.batch == OPEN and not points.known and isinstance(failure, Exception)
         if untold and self._in_group(phase):
             try:
-                self._replica.leave_unsent()
+                self._replica.skip_unsent_batch()
             except RemoteError as lost:
                 failure = merge([failure, lost])
         if points.next:

@@ -74,7 +74,7 @@ class RankBatches:
         self._compared.clear()
 
     def _say(self, line: str) -> None:
-        """Write a line for the user, once, on the main rank; an empty line is none."""
+        """Write a line for the user, once, on the main rank; an empty line is not written."""
         if line and self._points.world.main and line not in self._said:
             self._said.add(line)
             _logger.warning(line)  # a level that Python shows without any setting
@@ -91,7 +91,7 @@ class RankBatches:
             total: The number of batches in the whole epoch on this rank; ``None`` if it is not known.
         """
         points = self._points
-        if self._sync.wraps(phase):
+        if self._sync.uses_replica(phase):
             self._core.replica.prepare()
         batches = iter(source)
         first, total = self._agree_on_epoch(phase, batches, total)
@@ -119,7 +119,7 @@ class RankBatches:
                 return
             number += 1
             self._more = total is None or number < total
-            self._sync.expect(phase)
+            self._sync.open_batch(phase)
             yield raw
             del raw
 
@@ -264,7 +264,7 @@ class RankBatches:
                 )
             sharded.begin_forward()
             if ended:
-                sharded.leave_forward()
+                sharded.finish_forward()
                 continue
             points.expect(FORWARD)
             yield raw

@@ -74,7 +74,7 @@ class Ranks:
     def begin(self, step: Phase | None = None) -> None:
         """See `Together.begin`."""
         self._points.reset()
-        if step is not None and self.sync.wraps(step):
+        if step is not None and self.sync.uses_replica(step):
             self._replica.prepare()
 
     def begin_fit(self, save: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
@@ -147,8 +147,9 @@ class Ranks:
             failures.attempt(self._replica.share_buffers)
 
     def _fingerprints(self) -> dict[str, str]:
-        """Return a fingerprint by path of all that must be the same on all ranks: entries of ``cbstate``, on request
-        parameters and buffers too, after an epoch of training.
+        """Return fingerprints by path of the state that must be the same on all ranks.
+
+        These are the entries of ``cbstate``; on request also the parameters and buffers, after an epoch of training.
         """
         # A value is compared together with its name, since values without a text, such as an empty tensor, have no
         # fingerprint of their own.
@@ -190,7 +191,7 @@ class Ranks:
         if not isinstance(phase, AbstractValidationPhase):
             total = total if announced else None
             return nullcontext(self._until_interrupt(self._batches.training(phase, source, done, total)))
-        left = None if total is None or self._replica.together else total - done
+        left = None if total is None or self._replica.forward_is_collective else total - done
         return self._batches.evaluation(phase, self._core.feed(source, left))
 
     def _until_interrupt(self, batches: Iterable[Any]) -> Iterator[Any]:
@@ -208,7 +209,7 @@ class Ranks:
     @contextmanager
     def predicting(self, phase: Phase, inputs: Iterable[Any]) -> Generator[Iterable[Any]]:
         """See `Together.predicting`. All ranks predict if the model is sharded, each with inputs of its own."""
-        if not self._replica.together:
+        if not self._replica.forward_is_collective:
             yield inputs
             return
         self._points.reset()

@@ -31,7 +31,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
-from flowtrain.core.replica import FLAGS, LEAVES, Replica
+from flowtrain.core.replica import FIRST_FAILURE, FLAGS, Replica
 from flowtrain.core.world import World
 from flowtrain.errors import (
     CancelBatchException,
@@ -56,7 +56,7 @@ T = TypeVar("T")
 NO_BATCH: Final = 0
 INTERRUPT: Final = 1
 END: Final = 2
-_BATCH: Final = LEAVES
+_BATCH: Final = FIRST_FAILURE
 _EPOCH: Final = 4
 _FIT: Final = 5
 _ERROR: Final = 6
@@ -80,7 +80,7 @@ FORWARD: Final = "forward"
 """No sync point, but the rest of a forward pass in which all ranks take part, in the evaluation of a sharded model."""
 
 NONE: Final = ""
-"""There is none before the next batch."""
+"""The present batch has no further sync point."""
 
 RESUME: Final = "the checkpoint to resume from"
 FIT_BEGIN: Final = "FitBegin"
@@ -229,7 +229,7 @@ class SyncPoints:
         try:
             if self.next == GRADIENTS:
                 self.passed(self._replica.leave(self.flags(failure)), failure)
-            elif self.next == FORWARD and self._replica.leave_forward():
+            elif self.next == FORWARD and self._replica.finish_forward():
                 self.next = NONE
             else:
                 self.ask(failure)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flowtrain import CancelBatchException, CancelEpochException, CancelFittingException
-from flowtrain.core.replica import FLAGS, LEAVES, Single
+from flowtrain.core.replica import FIRST_FAILURE, FLAGS, Single
 from flowtrain.core.world import World
 from flowtrain.errors import RankError, RemoteError
 from flowtrain.training.failures import Failures
@@ -72,7 +72,7 @@ def alone() -> SyncPoints:
 @pytest.mark.parametrize("place", range(len(KINDS)))
 def test_a_failure_is_one_flag(place: int) -> None:
     wanted = [0] * FLAGS
-    wanted[LEAVES + place] = 1
+    wanted[FIRST_FAILURE + place] = 1
     assert alone().flags(KINDS[place]("why")) == wanted
 
 
@@ -81,19 +81,19 @@ def test_an_interrupt_and_a_late_cancel_are_flags_too() -> None:
     points.hold(lambda: None)
     points.late(CancelBatchException("late"))
     both = [0] * FLAGS
-    both[INTERRUPT] = both[LEAVES] = 1
+    both[INTERRUPT] = both[FIRST_FAILURE] = 1
     assert points.flags() == both
-    both[LEAVES] = 0
+    both[FIRST_FAILURE] = 0
     assert points.flags(batch=False) == both, "a cancel of a batch waits for the sync point of a batch"
     points.late(CancelEpochException("late"))
-    both[LEAVES + 1] = 1
+    both[FIRST_FAILURE + 1] = 1
     assert points.flags(batch=False) == both
-    both[LEAVES + 1], both[LEAVES + ERROR] = 0, 1
+    both[FIRST_FAILURE + 1], both[FIRST_FAILURE + ERROR] = 0, 1
     assert points.flags(ValueError()) == both, "a failure of this batch goes before"
 
 
 def test_the_flags_have_places_of_their_own() -> None:
-    assert len({NO_BATCH, INTERRUPT, END, *range(LEAVES, LEAVES + len(KINDS))}) == 3 + len(KINDS) <= FLAGS
+    assert len({NO_BATCH, INTERRUPT, END, *range(FIRST_FAILURE, FIRST_FAILURE + len(KINDS))}) == 3 + len(KINDS) <= FLAGS
 
 
 # --- sync points outside of batches
@@ -275,8 +275,8 @@ class Watched(Single):
         self.done.append("leave")
         return [*flags]
 
-    def leave_forward(self) -> bool:
-        self.done.append("leave_forward")
+    def finish_forward(self) -> bool:
+        self.done.append("finish_forward")
         return self.out
 
 
@@ -297,8 +297,8 @@ class WatchedWorld(MetWorld):
     [
         (GRADIENTS, True, ["leave"], True),
         (MESSAGE, True, ["message"], True),
-        (FORWARD, True, ["leave_forward"], False),
-        (FORWARD, False, ["leave_forward", "message"], True),
+        (FORWARD, True, ["finish_forward"], False),
+        (FORWARD, False, ["finish_forward", "message"], True),
     ],
 )
 def test_a_rank_leaves_a_batch_by_the_sync_point_that_is_still_to_come(
