@@ -68,6 +68,17 @@ def test_every_import_goes_down() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def test_only_the_table_of_executors_names_their_package() -> None:
+    """An import by a text would be one that no other test of this file sees."""
+    naming = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Constant) and re.fullmatch(r"flowtrain_dask[\w.:]*", str(node.value))
+    }
+    assert naming == {"graph/executor.py"}
+
+
 @pytest.mark.parametrize(
     ("file", "source"),
     [

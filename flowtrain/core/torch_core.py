@@ -89,8 +89,7 @@ class TorchCore:
         CoreError: An argument has a value that it cannot have, or the device does not exist.
     """
 
-    # The functions that a step calls for every batch. They are attributes, and not methods that ask the settings,
-    # because most cores have nothing to add to torch's own functions, and then a step calls these themselves.
+    # A step calls these for every batch. They are attributes, since most cores need nothing but torch's own functions.
 
     plain: bool
     """Whether the core adds nothing to a step: an update is ``optimizer.step()``, and nothing counts batches."""

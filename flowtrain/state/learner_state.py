@@ -433,8 +433,7 @@ def _remember(value: Any, marks: dict[int, tuple[Any, Any]]) -> None:
         # A mark that is no dict says that no item is a container, as in a series.
         inner = list(mark.values()) if isinstance(mark, dict) else []
     elif is_nested(type(value)):
-        # This is a shallow copy for all types of `nested`, made without their constructors.
-        mark = rebuild(value, lambda part, where: part, {})
+        mark = rebuild(value, lambda part, where: part, {})  # a shallow copy, made without a constructor
         inner = [part for _, part in parts(value) or ()]
     else:
         return

@@ -222,8 +222,7 @@ class Lane:
     def report(self) -> LaneReport:
         """Return the counts of the lane. Any thread may call this at any time."""
         events, done, nbytes = self._queue.numbers()
-        counts = self._context.counts.copy()
-        where = self._transport.where
+        counts, where = self._context.counts.copy(), self._transport.where
         return LaneReport(self.name, self.job.callbacks, where, events, done, nbytes, self._retired, counts)
 
     def _wake(self) -> None:
