@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,18 @@ def expected(numbers: range, name: str = "Summer") -> list[str]:
     return records
 
 
+_THREADS: list[LaneThreads] = []
+"""The threads of the lanes that the present test has made."""
+
+
+@pytest.fixture(autouse=True)
+def end_threads() -> Iterator[None]:
+    """End the threads of lanes after each test: tests of other files count such threads."""
+    yield
+    while _THREADS:
+        _THREADS.pop().close()
+
+
 class Rig:
     """A lane on a cluster, with what a test looks at."""
 
@@ -95,7 +107,8 @@ class Rig:
         self.transport = ClusterTransport(self.job, callbacks, connection, on_loss, linger=0.02, **kwargs)
         self.transport.open(60)
         self.urgent: list[Callable[[], None]] = []
-        self.lane = Lane(self.job, self.transport, Limits(), LaneThreads(), raise_on_training_thread=self.urgent.append)
+        _THREADS.append(LaneThreads())
+        self.lane = Lane(self.job, self.transport, Limits(), _THREADS[-1], raise_on_training_thread=self.urgent.append)
 
     def wait_for(self, records: int) -> None:
         """Wait until so many records are written; a failure of the lane ends it."""
