@@ -1,11 +1,11 @@
 """Stopping criteria: whether training should end, judged from one value of each epoch.
 
-====================  ==========================================================  ===========
-criterion             stops when                                                  in Prechelt
-====================  ==========================================================  ===========
-`GL`                  the value is worse than the best by some percent            GL_alpha
-`PQ`                  GL is large, compared with the progress of training         PQ_alpha
-`UP`                  the value has become worse some times in a row              UP_s
+====================  ==============================================================  ===========
+criterion             stops when                                                      in Prechelt
+====================  ==============================================================  ===========
+`GL`                  the value is worse than the best by some percent                GL_alpha
+`PQ`                  GL is large, compared with the progress of training             PQ_alpha
+`UP`                  the value has become worse some times in a row                  UP_s
 `Patience`            there was no improvement for some epochs
 `NumberSinceBest`     the best value is some epochs old
 `NumberLimit`         some number of values have been given
@@ -15,7 +15,7 @@ criterion             stops when                                                
 `Never`               never
 `Disjunction`         any of several criteria stops
 `Warmup`              another criterion stops, which does not see the first values
-====================  ==========================================================  ===========
+====================  ==============================================================  ===========
 
 A criterion is given one value of each epoch (`Criterion.update`), by `flowtrain.callbacks.EarlyStopping` or by a
 user's own loop. "Worse" means larger, or smaller after ``Criterion.begin("max")``. NaN is worse than every number: it
