@@ -12,6 +12,7 @@ for that runner. `DaskExecutor.compile` chooses the runner:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -26,7 +27,6 @@ from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks
 from flowtrain_dask.deferred.in_place import ConsumersOnly
-from flowtrain_dask.deferred.plans import Placements
 from flowtrain_dask.deferred.preparing import Defer, Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
@@ -127,9 +127,9 @@ class DaskExecutor:
         self._check_open()
         if self._site is not None and self._site is not site:
             raise ExecutorError("This DaskExecutor belongs to another learner. Give each learner its own.")
-        self._site = site
+        self._site, deferred = site, self._deferred
         if self._consumers is None:
-            self._consumers = ConsumersOnly(site)
+            self._consumers = ConsumersOnly(site, lambda: deferred.placed_by_cost)
             self._serial.bind(cast(Site, self._consumers))
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
@@ -155,10 +155,10 @@ class DaskExecutor:
                 "DaskExecutor.compile() was called before bind(site). Pass the executor to Learner(executor=...), "
                 "which binds it, or call bind(site) first."
             )
-        placements = self._use(self._site)
+        placements = self._deferred.use(self._site)
         rewritten, shared = placements.rewrite(plan)
-        route = self._make_route(rewritten, cast(Site, self._consumers), placements.positions(plan))
-        route.original, route.shared, route.settled = plan, shared, placements.are_settled(plan)
+        made = self._make_route(rewritten, cast(Site, self._consumers), placements.positions(plan))
+        route = replace(made, original=plan, shared=shared, settled=placements.are_settled(plan))
         self._routes[plan.event_type, plan.phase_type] = route
         return self._wrapped(route, route.runner)
 
@@ -187,7 +187,7 @@ class DaskExecutor:
         A further line for each deferrable callback says whether it is deferred, to which lane, and why not otherwise.
         """
         if self._site is not None and not self._pool.closed:
-            self._use(self._site)  # so that the lanes are known before the first event too
+            self._deferred.use(self._site)  # so that the lanes are known before the first event too
         deferred = self._deferred.explain(plan)
         return f"{self._explain(plan)}\n{deferred}" if deferred else self._explain(plan)
 
@@ -271,13 +271,6 @@ class DaskExecutor:
         self._routes.clear()
 
     # --- plans
-
-    def _use(self, site: Site) -> Placements:
-        """Return the placements of the callbacks of the loop; the runners refuse requests of these callbacks."""
-        placements = self._deferred.use(site)
-        if self._consumers is not None and self._deferred.defer == "auto":
-            self._consumers.names = placements.names
-        return placements
 
     def _compile_stale(self) -> None:
         """Compile the plans again whose callbacks have moved, or are no longer timed."""

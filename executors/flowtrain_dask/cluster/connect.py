@@ -120,7 +120,13 @@ def _find(cluster: object) -> tuple[str, Security | None]:
     )
 
 
-def _reach(address: str, security: Security | None, deadline: float, resources: dict[str, float] | None) -> Connection:
+def _reach(
+    address: str,
+    security: Security | None,
+    deadline: float,
+    resources: dict[str, float] | None,
+    cluster: LocalCluster | None = None,
+) -> Connection:
     try:
         try:
             client = make_client(address, deadline, security)
@@ -135,7 +141,7 @@ def _reach(address: str, security: Security | None, deadline: float, resources: 
         raise ExecutorError(
             f"No dask scheduler answers at {address} within {deadline:g} s ({type(error).__name__}). {_START}"
         ) from error
-    return Connection(client, address, resources, security)
+    return Connection(client, address, resources, security, cluster)
 
 
 def _start(deadline: float, workers: int | None, resources: dict[str, float] | None) -> Connection:
@@ -157,12 +163,10 @@ def _start(deadline: float, workers: int | None, resources: dict[str, float] | N
             f'import the main script: write what starts training under if __name__ == "__main__":.'
         ) from error
     try:
-        connection = _reach(cluster.scheduler_address, cluster.security, deadline, resources)
+        return _reach(cluster.scheduler_address, cluster.security, deadline, resources, cluster)
     except BaseException:
         cluster.close(timeout=5)
         raise
-    connection.cluster = cluster
-    return connection
 
 
 class _PatientNanny(Nanny):

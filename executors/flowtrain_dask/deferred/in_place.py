@@ -6,7 +6,7 @@ In a lane a callback cannot end a batch, fire an event or request a checkpoint, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from flowtrain.callback.events import Event
@@ -45,14 +45,12 @@ class ConsumersOnly:
 
     Args:
         site: The loop.
-
-    Attributes:
-        names: The names of the callbacks for which cost decides.
+        names: Returns the names of the callbacks for which cost decides.
     """
 
-    def __init__(self, site: Site) -> None:
-        self.names: frozenset[str] = frozenset()
+    def __init__(self, site: Site, names: Callable[[], Collection[str]]) -> None:
         self._site = site
+        self._names = names
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._site, name)
@@ -63,10 +61,10 @@ class ConsumersOnly:
         Raises:
             DeferredCancelError: A deferrable callback raised a cancel.
         """
-        where = f"({type(event).__name__}, {phase!r})"
+        where, names = f"({type(event).__name__}, {phase!r})", self._names()
         failures = [
             (each, cancel_error(failure, each.label, type(each.callback).__name__, where))
-            if isinstance(failure, CancelException) and each.node.name in self.names
+            if isinstance(failure, CancelException) and each.node.name in names
             else (each, failure)
             for each, failure in failures
         ]
@@ -81,12 +79,12 @@ class ConsumersOnly:
         Raises:
             UsageError: A deferrable callback fired an event or requested a checkpoint.
         """
-        site = self._site
+        site, names = self._site, self._names()
         for queue, method in ((site.fired, "fire"), (site.requests, "request_checkpoint")):
-            refused = [one for one in queue if one[0] in self.names]
+            refused = [one for one in queue if one[0] in names]
             if refused:
                 name, what = refused[0]
-                queue[:] = [one for one in queue if one[0] not in self.names]  # type: ignore[misc]  # each its own type
+                queue[:] = [one for one in queue if one[0] not in names]  # type: ignore[misc]  # each its own type
                 raise UsageError(
                     f"{name} calls learner.{method}({what!r}), but it is deferrable: in its lane it runs later than "
                     f'the event. Set deferrable = False on the callback, or write DaskExecutor(defer="never").'

@@ -64,9 +64,8 @@ class Teardown:
             return
         end = time.monotonic() + self._patience
         for lane in () if self.lanes is None else self.lanes.lanes:
-            while not lane.given_up and not lane.flush(0.25) and not lane.over and time.monotonic() < end:
-                pass
-            if not lane.over and not lane.given_up and (left := lane.report().pending):
+            was_given_up = lane.given_up  # the log has told how many of its events are left
+            if not was_given_up and not lane.wait(lambda: time.monotonic() >= end) and (left := lane.report().pending):
                 _logger.warning(
                     "flowtrain: %d events of lane %s were not processed in %g s, and nobody closed their learner: "
                     "write `with Learner(...) as learner:`, or learner.close()",

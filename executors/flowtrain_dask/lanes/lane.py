@@ -62,13 +62,13 @@ class Lane:
         stopping: Returns whether training is about to stop; then `put` no longer waits for room.
         clock: Returns the clock of the timeline that is written now; ``None`` without one.
         linger_events: How many waiting events end the linger; half of the limit if that is less.
+        holds: Keeps the sinks of the lane open until it is closed, even if the learner is gone.
 
     Attributes:
         job: The same.
         failure: The failure that the training thread is to raise.
         refuses: Whether the lane takes no events: it is closed or retired.
-        given_up: Whether the training thread has stopped waiting for the lane.
-        holds: Keeps the sinks of the lane open, even if the learner is gone.
+        given_up: Whether the last `wait` has ended before the events were done.
     """
 
     def __init__(
@@ -83,6 +83,7 @@ class Lane:
         stopping: Callable[[], bool] = lambda: False,
         clock: ClockNow = lambda: None,
         linger_events: int = 4000,
+        holds: object = None,
     ) -> None:
         self.job = job
         self._transport = transport
@@ -97,7 +98,7 @@ class Lane:
         self._context = context = LaneContext(clock=clock)
         self._records = RecordWriter(job.backends, context.counts)
         self.given_up = False
-        self.holds: object = None
+        self._holds = holds
         # The training thread writes these.
         self.refuses = False
         self._woken = -1  # the number of the look for which the lane was woken last
@@ -167,7 +168,7 @@ class Lane:
             recorded: Whether its records are in the sinks, and its effect on the callbacks alone is missing.
         """
         if recorded:
-            self._records.written_before.add(self._queue.received[0])
+            self._records.skip(self._queue.received[0])
         self.put(handler, entry.event, entry.phase, entry.payload, entry.nbytes, entry.seed)
 
     def flush(self, timeout: float | None = None) -> bool:
@@ -200,6 +201,16 @@ class Lane:
         self._flushing = False  # the loop may have set it after the last event was done
         return self._queue.done >= goal
 
+    def wait(self, is_over: Callable[[], bool]) -> bool:
+        """Wait as `flush` does until it is of no use, or the time is over: then return ``False``, and give up."""
+        self.given_up = False
+        with self.waited_for():
+            while not self.flush(0.25) and not self.over:
+                if is_over():
+                    self.given_up = True
+                    break
+        return not self.given_up
+
     def waited_for(self) -> AbstractContextManager[None]:
         """Return a context in which training waits for the lane, once or several times: one wait in a timeline."""
         return self._context.wait(f"waits for lane {self.name}")
@@ -226,7 +237,7 @@ class Lane:
         return LaneReport(self.name, self.job.callbacks, where, events, done, nbytes, self._retired, counts)
 
     def _wake(self) -> None:
-        self._context.pausing = False
+        self._context.go_on()
         looks = self._looks
         if self._context.closed:
             return
@@ -268,8 +279,7 @@ class Lane:
 
     def retire(self, failure: BaseException) -> None:
         """Log a failure and take no more events. The training thread may call this if the lane is empty."""
-        counts = self._context.counts
-        counts.last_error = text = f"{type(failure).__name__}: {failure}"
+        text = self._context.counts.failed(failure)
         notes = "; ".join(getattr(failure, "__notes__", ()))
         _logger.warning("flowtrain retires lane %s, its callbacks see no more events: %s (%s)", self.name, text, notes)
         self.refuses = self._retired = True
@@ -285,10 +295,10 @@ class Lane:
             Whether the lane stands still.
         """
         end = time.monotonic() + timeout
-        self._context.pausing = True
+        self._context.pause()
         while self._turn.locked() and not self.over:
             if time.monotonic() >= end:
-                self._context.pausing = False
+                self._context.go_on()
                 return False
             time.sleep(_POLL)
         return not self.over
@@ -316,25 +326,26 @@ class Lane:
         """
         if self._context.closed:
             return
-        self._context.closed = self.refuses = True
+        self._context.close()
+        self.refuses = True
         end = time.monotonic() + timeout
         while not self._turn.acquire(blocking=False):
             if self._ended:
                 break
             if self._threads.lane_here() is not None or time.monotonic() >= end:
-                self._records.abandoned = True  # the thread that works on the lane ends it
+                self._records.abandon()  # the thread that works on the lane ends it
                 break
             time.sleep(_POLL)
         else:
             self._end()
         for entry in self._queue.drain():
             self._context.counts.dropped[self.job.handlers[entry.handler].name] += 1
-        self.holds = None
+        self._holds = None
 
     def become_forked_copy(self) -> None:
         """Become the copy in a forked child, which has none of the threads: take no events, write no records."""
-        self._context.closed = self.refuses = True
-        self._context.gate = Gate()
+        self._context.become_forked_copy()
+        self.refuses = True
         self._end()
         self._queue.forget()
         close_copies(self.job.backends)
@@ -353,7 +364,8 @@ class Lane:
         queue = self._queue
         failing = self.failure is not None or self._retired
         work = queue.has_new if failing else len(queue) > 0  # `FitEnd` waits for the failure to be raised
-        if self._context.closed or self._context.pausing or not (work or self._must_bring_back()):
+        wanted = self._flushing and self._brought_back < queue.received[0]  # the state of the callbacks
+        if self._context.closed or self._context.pausing or not (work or wanted):
             return None
         self._asleep = False
         if slept:
@@ -403,10 +415,6 @@ class Lane:
                 raise
             self._brought_back, self._flushing = done, False
 
-    def _must_bring_back(self) -> bool:
-        """Return whether the training thread waits for the state of the callbacks."""
-        return self._flushing and self._brought_back < self._queue.received[0]
-
     def _accept(self, result: BatchResult) -> None:
         """Write the records of a result, and count the entries that are done."""
         try:
@@ -416,8 +424,7 @@ class Lane:
         finally:
             # Counted after a failed write too: the records of these entries may be in the sink in part, and a second
             # write would double them.
-            if done := self._queue.finish(result.done):
-                self._records.next = done[-1].sequence + 1
+            self._records.wrote(self._queue.finish(result.done))
         if result.failure is not None:
             self._fail(result.failure[1])
         else:
@@ -428,16 +435,13 @@ class Lane:
         if self._on_error == "warn":
             self.retire(failure)
             return
-        self._context.counts.last_error = f"{type(failure).__name__}: {failure}"
+        self._context.counts.failed(failure)
         self.failure = failure
         self._skip()
         self._raise_on_training_thread(self.raise_failure)
 
     def _skip(self) -> None:
-        """Skip the entries that were put before the failure is, or was, raised.
-
-        `FitEnd` is not skipped unless the lane has retired: it runs for every callback, whatever failed.
-        """
+        """Skip the entries that were put before the failure is, or was, raised, `FitEnd` only in a retired lane."""
         put, _ = self._queue.received  # first: if the failure is still there after this, they were put before
         before = put if self.failure is not None or self._retired else self._resume_at
         self._context.counts.skipped += self._queue.skip(before, None if self._retired else FitEnd)

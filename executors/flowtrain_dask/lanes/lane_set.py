@@ -7,6 +7,7 @@ the learner is dropped.
 from __future__ import annotations
 
 import logging
+import math
 import time
 import weakref
 from collections.abc import Callable
@@ -36,12 +37,10 @@ class LaneSet:
 
     Attributes:
         lanes: The lanes that have had an event, in the order of their first ones.
-        gave_up: Whether the last `wait` has left events, because training was stopped.
     """
 
     def __init__(self, site: Site, limits: Limits, on_error: OnError) -> None:
         self.lanes: tuple[Lane, ...] = ()
-        self.gave_up = False
         self._site = weakref.ref(site)
         self._limits = limits
         self._on_error: OnError = on_error
@@ -57,6 +56,7 @@ class LaneSet:
             if loop is not None:
                 loop.mailbox.put(raise_failure)
 
+        loop = site()
         lane = Lane(
             job,
             transport,
@@ -66,9 +66,8 @@ class LaneSet:
             on_error=self._on_error,
             stopping=self.is_stopping,
             clock=partial(_clock, site),
+            holds=None if loop is None else loop.open_sinks,
         )
-        loop = site()
-        lane.holds = loop.open_sinks if loop is not None else None
         self.lanes += (lane,)
         return lane
 
@@ -82,6 +81,11 @@ class LaneSet:
         """Whether no lane has an event to process or a failure to raise."""
         return all(lane.idle for lane in self.lanes)
 
+    @property
+    def gave_up(self) -> bool:
+        """Whether the last `wait` has left events, because training was stopped."""
+        return any(lane.given_up for lane in self.lanes)
+
     def report(self) -> tuple[LaneReport, ...]:
         """Return the counts of the lanes."""
         return tuple(lane.report() for lane in self.lanes)
@@ -92,20 +96,20 @@ class LaneSet:
         Args:
             limit: The most seconds to wait from then on. Lanes that are not done in time are marked as given up.
         """
-        end: float | None = None
-        self.gave_up = False
+        end = math.inf
+
+        def is_over() -> bool:
+            """Return whether the time is over, which begins to count when training is about to stop."""
+            nonlocal end
+            if end == math.inf and _is_stopping(self._site):
+                end = time.monotonic() + limit
+            return time.monotonic() >= end
+
         for lane in self.lanes:  # all at once, and not one after the other
             if not lane.over:
                 lane.process_soon()
         for lane in self.lanes:
-            lane.given_up = False
-            with lane.waited_for():
-                while not lane.flush(0.25) and not lane.over:
-                    if end is None and _is_stopping(self._site):
-                        end = time.monotonic() + limit
-                    if end is not None and time.monotonic() >= end:
-                        self.gave_up = lane.given_up = True
-                        break
+            lane.wait(is_over)
 
     def failures(self) -> list[BaseException]:
         """Return the failures of the lanes. From here on each lane processes events again."""

@@ -63,6 +63,11 @@ class LaneCounts:
         stalls = {name: replace(stall) for name, stall in list(self.stalls.items())}
         return replace(self, dropped=Counter(dict(self.dropped)), stalls=stalls)
 
+    def failed(self, failure: BaseException) -> str:
+        """Keep a failure as text, and return the text."""
+        self.last_error = f"{type(failure).__name__}: {failure}"
+        return self.last_error
+
     def stalled(self, callback: str, seconds: float) -> None:
         """Count a wait for room for an event of a callback."""
         # Only the training thread waits for room, so only that thread calls this.

@@ -66,6 +66,23 @@ class LaneContext:
         self._deadline = deadline
         self._clock = clock
 
+    def pause(self) -> None:
+        """Have the lane stand still after the event that is at work, until `go_on`."""
+        self.pausing = True
+
+    def go_on(self) -> None:
+        """Let the lane process events again."""
+        self.pausing = False
+
+    def close(self) -> None:
+        """Have the lane process nothing more, for good."""
+        self.closed = True
+
+    def become_forked_copy(self) -> None:
+        """Be closed, with a gate that no thread has entered: a forked child has none of the threads."""
+        self.close()
+        self.gate = Gate()
+
     def is_stopped(self) -> bool:
         """Return whether a transport is to give up after the event that is at work."""
         return self.closed or self.pausing or (self._deadline is not None and time.monotonic() >= self._deadline)

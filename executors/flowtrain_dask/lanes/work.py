@@ -195,16 +195,27 @@ class RecordWriter:
 
     Attributes:
         next: The records of entries before this one are in the sinks.
-        written_before: Further entries whose records are in the sinks, since a fit was resumed with them.
-        abandoned: Whether nobody waits for the lane any more: the sinks are being closed, so nothing is written.
     """
 
     def __init__(self, backends: Sequence[Sequence[LoggerBackend]], counts: LaneCounts) -> None:
         self._backends = backends
         self._counts = counts
         self.next = 0
-        self.written_before: set[int] = set()
-        self.abandoned = False
+        self._further: set[int] = set()  # entries after `next` whose records are in the sinks
+        self._abandoned = False
+
+    def skip(self, sequence: int) -> None:
+        """Write no records of an entry: those are in the sinks, since the fit resumes with this entry."""
+        self._further.add(sequence)
+
+    def wrote(self, entries: Sequence[Entry]) -> None:
+        """Take note that no further records of these entries, the next ones, are to be written."""
+        if entries:
+            self.next = entries[-1].sequence + 1
+
+    def abandon(self) -> None:
+        """Write nothing more: nobody waits for the lane, and the sinks are being closed. Any thread may call this."""
+        self._abandoned = True
 
     def write(self, records: Sequence[Record]) -> None:
         """Write records, without those that are in the sinks.
@@ -212,11 +223,11 @@ class RecordWriter:
         Raises:
             Exception: A sink has failed. It gets no more of these records; the other sinks get theirs.
         """
-        new = [record for record in records if record[0] >= self.next and record[0] not in self.written_before]
+        new = [record for record in records if record[0] >= self.next and record[0] not in self._further]
         failures: dict[int, Exception] = {}
         for start in range(0, len(new), _TOGETHER):
             for callback, own in groupby(new[start : start + _TOGETHER], _callback_of):
-                if self.abandoned:
+                if self._abandoned:
                     return
                 written = [(position, data) for _, _, position, data in own]
                 deliver(self._backends[callback], written, failures)

@@ -219,4 +219,3 @@ def _copy_array(value: Any, copying: Copying) -> Any:
         return value  # a scalar of numpy, which is immutable
     copying.nbytes += int(value.nbytes)
     return value if copying.dry else value.copy(order="K") if value.shape else value.copy()
-

@@ -191,7 +191,7 @@ def test_an_abandoned_lane_writes_no_more_than_it_has_begun() -> None:
     lane, _ = make(Logger(sink, times=600))
 
     def abandon() -> None:
-        lane._records.abandoned = True
+        lane._records.abandon()
 
     sink.after = abandon
     put(lane, 7)
@@ -376,7 +376,7 @@ def test_a_state_that_cannot_be_brought_home_is_not_asked_for_again_and_again() 
 
     def leave(raise_it: Callable[[], None]) -> None:
         failures.append(raise_it)
-        lane._context.closed = True
+        lane._context.close()
 
     lane, transport = make(Logger(Together()), leave=leave)
     transport.error = ConnectionError("it is gone")
