@@ -37,15 +37,6 @@ from flowtrain.training.failures import Failures
 from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
 from flowtrain.training.interrupts import Interrupts, why_stopped
 from flowtrain.training.ranks.ranks import Ranks
-from flowtrain.training.ranks.sync_points import (
-    EPOCH_BEGIN,
-    EPOCH_END,
-    EPOCHS_BROKEN_OFF,
-    FIT_BEGIN,
-    FIT_END,
-    LAST_BATCH,
-    RESUME,
-)
 from flowtrain.training.scopes import CLOSED, Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain.training.step import Steps, detach_loss
@@ -96,7 +87,7 @@ class Loop:
         failures = Failures()
         with failures:
             self.checkpoints.resume(path, data, unit, self.dispatch)
-        self.together.point(RESUME, failures)
+        self.together.resumed(failures)
         failures.raise_worst()
 
     def fit(
@@ -150,7 +141,7 @@ class Loop:
         failures = Failures()
         with failures:
             self._begin_fit(data, epochs, steps, validate_every)
-        self.together.point(FIT_BEGIN, failures)
+        self.together.fit_begun(failures)
         if not failures:
             with failures:
                 if epochs is not None:
@@ -158,7 +149,7 @@ class Loop:
                 else:
                     self._fit_steps(data, steps or 0, validate_every)
             if failures:
-                self.together.point(EPOCHS_BROKEN_OFF, failures)
+                self.together.broke_off(failures)
         self.scopes.end_fit()
         broken_off = self.checkpoints.position.phase or not failures.only(CancelFittingException)
         end = FitEnd(why_stopped(failures.first, self.checkpoints.saved), complete=not broken_off)
@@ -169,7 +160,7 @@ class Loop:
         empty = self.dispatch.mailbox.empty
         for finish in (self.executor.flush, empty, self.checkpoints.end_fit, self.sinks.flush, empty):
             failures.attempt(finish)
-        self.together.point(FIT_END, failures)
+        self.together.fit_ended(failures)
         stopped: BaseException | None = None
         try:
             failures.raise_worst()
@@ -264,7 +255,7 @@ class Loop:
                 self.core.end_groups()
                 with begun:
                     batches = self._begin_epoch(phase, loader)
-                self.together.point(EPOCH_BEGIN, begun)
+                self.together.epoch_begun(begun)
                 begun.raise_worst()
                 known = length(loader)
                 announced = known is not None or isinstance(loader, Stream)
@@ -278,7 +269,7 @@ class Loop:
                 failures.add(failure)
                 if isinstance(failure, Exception):  # the batch is closed, so this is a batch boundary as any other
                     failures.attempt(self.dispatch.mailbox.empty)
-            self.together.point(LAST_BATCH, failures)
+            self.together.batches_ended(failures)
             # The completed batch is shown before the update of the groups, because handlers of this update read that
             # batch.
             self._show(scopes.completed)
@@ -292,7 +283,7 @@ class Loop:
                 position.end_epoch(scopes.batch_number)
             with failures:
                 self.dispatch.fire_closing(_EPOCH_CANCELLED if failures else _EPOCH_END, phase)
-            self.together.point(EPOCH_END, failures)
+            self.together.epoch_ended(failures)
         failures.raise_worst()
 
     def _see_memory_error(self, failure: BaseException, phase: Phase) -> None:

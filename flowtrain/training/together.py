@@ -64,11 +64,33 @@ class Together(Protocol):
         """
         ...
 
-    def point(self, name: str, failures: Failures) -> None:
-        """Wait for the other ranks at a sync point, tell them the failures of this rank, and add theirs to these."""
+    # --- sync points: each waits for the other ranks, tells them the failures of this one, and adds theirs to these
+
+    def resumed(self, failures: Failures) -> None:
+        """Meet when the checkpoint was read that the next fit resumes from."""
+
+    def fit_begun(self, failures: Failures) -> None:
+        """Meet when `FitBegin` was fired."""
+
+    def epoch_begun(self, failures: Failures) -> None:
+        """Meet when `EpochBegin` was fired. Ranks that have loaded different checkpoints are an error."""
+
+    def batches_ended(self, failures: Failures) -> None:
+        """Meet when the epoch has no further batch. A cancel from behind the sync point of the last batch ends here."""
 
     def merge(self, phase: Phase, failures: Failures) -> None:
-        """Merge the measurements of all ranks in an epoch, before `EpochEnd` shows them; `failures` as for `point`."""
+        """Meet before `EpochEnd` is fired, and merge the measurements of all ranks, which its handlers read."""
+
+    def epoch_ended(self, failures: Failures) -> None:
+        """Meet when `EpochEnd` was fired. Shared state that is not the same on all ranks is an error."""
+
+    def broke_off(self, failures: Failures) -> None:
+        """Meet when a failure has ended the epochs of this rank, whichever point the other ranks are at."""
+
+    def fit_ended(self, failures: Failures) -> None:
+        """Meet when `FitEnd` was fired and all pending work is done."""
+
+    # --- batches
 
     def batches(
         self, phase: Phase, source: Iterable[Any], done: int, total: int | None, *, announced: bool
@@ -112,8 +134,10 @@ class Alone:
     def begin_fit(self, save: Callable[[], None]) -> None:
         """See `Together.begin_fit`."""
 
-    def point(self, name: str, failures: Failures) -> None:
-        """See `Together.point`."""
+    def _meet_nobody(self, failures: Failures) -> None:
+        """Return at once: there is no other process to wait for."""
+
+    resumed = fit_begun = epoch_begun = batches_ended = epoch_ended = broke_off = fit_ended = _meet_nobody
 
     def merge(self, phase: Phase, failures: Failures) -> None:
         """See `Together.merge`."""

@@ -33,15 +33,7 @@ from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.failures import Failures
 from flowtrain.training.ranks.batch_sync import BatchSync
 from flowtrain.training.ranks.batches import RankBatches
-from flowtrain.training.ranks.sync_points import (
-    EPOCH_BEGIN,
-    EPOCH_END,
-    EPOCHS_BROKEN_OFF,
-    FIT_END,
-    LAST_BATCH,
-    RESUME,
-    SyncPoints,
-)
+from flowtrain.training.ranks.sync_points import FIT_END, SyncPoints
 from flowtrain.training.scopes import Scopes
 
 __all__ = ["Ranks"]
@@ -116,35 +108,68 @@ class Ranks:
         counts = [count for count, _, _ in found if count is not None]
         return min(counts) if counts and len(counts) == len(found) else None
 
-    def point(self, name: str, failures: Failures) -> None:
-        """See `Together.point`."""
-        points = self._points
-        if failures.first is not None and not points.fit_ends:
-            failures.attempt(self.parts.miss, failures.first)
-        value: dict[str, str] = {}
-        if name == EPOCH_END and not failures:
-            value = self._fingerprints()
-        elif name in (EPOCH_BEGIN, RESUME):  # a checkpoint that is resumed replaces all that were loaded before
-            loaded = self.parts.loaded()
-            value = loaded if name == EPOCH_BEGIN else {}
-        found = points.meet(name, failures, value)
-        differing = {path for each in found for path in each if each[path] != found[0].get(path)}
-        differing |= {path for each in found for path in found[0] if path not in each}
-        if differing:
-            failures.add((_diverged if name == EPOCH_END else _loaded)(sorted(differing), found))
-        if name == LAST_BATCH and failures and failures.only(CancelBatchException, CancelEpochException):
-            # A cancel from behind the sync point of the last batch ends nothing but the group that is still open.
+    # --- sync points
+
+    def resumed(self, failures: Failures) -> None:
+        """See `Together.resumed`. The checkpoint replaces all that were loaded before, so these need not be equal."""
+        self.parts.loaded()
+        self._meet("the checkpoint to resume from", failures)
+        self._see_signal(failures)
+
+    def fit_begun(self, failures: Failures) -> None:
+        """See `Together.fit_begun`."""
+        self._meet("FitBegin", failures)
+        self._see_signal(failures)
+
+    def epoch_begun(self, failures: Failures) -> None:
+        """See `Together.epoch_begun`."""
+        found = self._meet("EpochBegin", failures, self.parts.loaded())
+        if _differing(found):
+            failures.add(_loaded(found))
+        self._see_signal(failures)
+
+    def batches_ended(self, failures: Failures) -> None:
+        """See `Together.batches_ended`. Such a cancel still discards the gradients of a group that is open."""
+        self._meet("the end of the batches", failures)
+        if failures and failures.only(CancelBatchException, CancelEpochException):
             failures.drop()
             if self._core.groups.open:
                 self._core.discard()
-        if name == FIT_END:
-            known = points.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
-            if points.interrupted and not points.signalled and not known:
-                failures.add(KeyboardInterrupt("training was interrupted on another rank, after its last epoch"))
-        elif points.interrupted and not points.fit_ends:
-            failures.add(points.interrupt(self._save))
-        if name == EPOCHS_BROKEN_OFF and not points.failed:  # a cancel or an interrupt has left an epoch open
+        self._see_signal(failures)
+
+    def epoch_ended(self, failures: Failures) -> None:
+        """See `Together.epoch_ended`."""
+        found = self._meet("EpochEnd", failures, {} if failures else self._fingerprints())
+        paths = _differing(found)
+        if paths:
+            failures.add(_diverged(paths, found))
+        self._see_signal(failures)
+
+    def broke_off(self, failures: Failures) -> None:
+        """See `Together.broke_off`. After a cancel or an interrupt the buffers of all ranks are made equal."""
+        self._meet("a failure that ends its epochs", failures)
+        self._see_signal(failures)
+        if not self._points.failed:
             failures.attempt(self._replica.share_buffers)
+
+    def fit_ended(self, failures: Failures) -> None:
+        """See `Together.fit_ended`."""
+        points = self._points
+        self._meet(FIT_END, failures)
+        known = points.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
+        if points.interrupted and not points.signalled and not known:
+            failures.add(KeyboardInterrupt("training was interrupted on another rank, after its last epoch"))
+
+    def _meet(self, name: str, failures: Failures, value: Mapping[str, str] | None = None) -> list[Mapping[str, str]]:
+        """Meet at a sync point, and return the texts by path that each rank gives there; see `SyncPoints.meet`."""
+        if failures.first is not None and not self._points.fit_ends:  # the other ranks may have begun a checkpoint
+            failures.attempt(self.parts.miss, failures.first)
+        return self._points.meet(name, failures, value or {})
+
+    def _see_signal(self, failures: Failures) -> None:
+        """End the fit if a signal has come to any rank."""
+        if self._points.interrupted and not self._points.fit_ends:
+            failures.add(self._points.interrupt(self._save))
 
     def _fingerprints(self) -> dict[str, str]:
         """Return fingerprints by path of the state that must be the same on all ranks.
@@ -222,8 +247,14 @@ def _versions() -> str:
     return f"flowtrain {own_version()} and torch {torch.__version__}"
 
 
-def _loaded(paths: Sequence[str], found: Sequence[Mapping[str, str]]) -> RankError:
-    """Return the error for ranks that have not loaded the same checkpoints; the arguments are those of `_diverged`."""
+def _differing(found: Sequence[Mapping[str, str]]) -> list[str]:
+    """Return the paths whose texts are not the same on all ranks, from the texts of each rank by path."""
+    paths = {path for each in found for path in each}
+    return sorted(path for path in paths if any(each.get(path) != found[0].get(path) for each in found))
+
+
+def _loaded(found: Sequence[Mapping[str, str]]) -> RankError:
+    """Return the error for ranks that have not loaded the same checkpoints, from the texts of each rank by path."""
     shown = "; ".join(f"rank {rank}: {each.get('load', 'nothing')}" for rank, each in enumerate(found))
     return RankError(
         f"The ranks have not loaded the same checkpoints since their last epoch, so their models differ: {shown}. All "

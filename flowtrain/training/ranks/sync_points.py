@@ -45,8 +45,7 @@ from flowtrain.errors import (
 from flowtrain.training.failures import Failures
 
 __all__ = [
-    "END", "EPOCHS_BROKEN_OFF", "EPOCH_BEGIN", "EPOCH_END", "FIT_BEGIN", "FIT_END", "FORWARD", "GRADIENTS", "INTERRUPT",
-    "LAST_BATCH", "MESSAGE", "NONE", "NO_BATCH", "RESUME", "NextSync", "SyncPoints",
+    "END", "FIT_END", "FORWARD", "GRADIENTS", "INTERRUPT", "MESSAGE", "NONE", "NO_BATCH", "NextSync", "SyncPoints",
 ]  # fmt: skip
 
 T = TypeVar("T")
@@ -81,15 +80,6 @@ FORWARD: Final = "forward"
 
 NONE: Final = ""
 """The present batch has no further sync point."""
-
-RESUME: Final = "the checkpoint to resume from"
-FIT_BEGIN: Final = "FitBegin"
-EPOCH_BEGIN: Final = "EpochBegin"
-LAST_BATCH: Final = "the end of the batches"
-EPOCH_END: Final = "EpochEnd"
-
-EPOCHS_BROKEN_OFF: Final = "a failure that ends its epochs"
-"""The point at which a rank tells of a failure that has ended its epochs, whichever point the other ranks are at."""
 
 FIT_END: Final = "FitEnd"
 """The last point of a fit."""
