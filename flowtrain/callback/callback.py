@@ -73,8 +73,9 @@ class Callback:
         may_cancel: Whether a handler may cancel a batch or an update. Several ranks ask each other before an update
             whether one of them cancels it, unless all handlers of `BackwardEnd` and `UpdateBegin` are of callbacks that
             say no. In a batch that only accumulates gradients the handlers from `BatchBegin` on count.
-        may_checkpoint: Whether a handler of a training batch may request a checkpoint. Several ranks that accumulate
-            gradients then ask each other in every batch whether one of them has left it.
+        may_checkpoint: Whether a handler may request a checkpoint. Several ranks refuse the request of a callback that
+            does not say so. They run one that does on every rank, compare what they request each time it has run, and
+            ask each other in batches that only accumulate gradients whether one of them has left the batch.
     """
 
     name: str = ""

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from flowtrain.callback.events import Event
 from flowtrain.errors import UsageError, is_a
 
-__all__ = ["POINTERS", "CheckpointRequest", "LearnerView"]
+__all__ = ["NO_REQUEST", "POINTERS", "CheckpointRequest", "LearnerView"]
 
 POINTERS = ("latest", "best")
 """The names of the files that name a checkpoint of their folder."""
@@ -184,3 +184,7 @@ class CheckpointRequest:
             best, unwanted = self.decide(finite)
             remove = tuple(unwanted)
         return replace(self, best=best, remove=remove)
+
+
+NO_REQUEST = CheckpointRequest("")
+"""Stands among the requests for a handler that may request a checkpoint and has run: there ranks compare requests."""

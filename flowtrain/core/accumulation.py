@@ -56,6 +56,10 @@ class Groups:
         """The optimizers whose gradients, if there are any, wait for an update."""
         return [name for name in self._optimizers if name not in self._spent]
 
+    def note_last(self, last: bool) -> None:
+        """Note whether the batch that comes next is the last of its epoch."""
+        self.last_batch = last
+
     def begin(self) -> None:
         """Begin a batch: zero the gradients of every optimizer whose next group begins with it."""
         self._spent.clear()

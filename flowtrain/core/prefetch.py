@@ -92,15 +92,12 @@ class Placement:
                 that the last one is known as such.
         """
         if self._transfer is not None:
-            return map(self._remember, ahead(batches, self._transfer, self._tell))
+            return map(self._remember, ahead(batches, self._transfer, self._groups.note_last))
         if self._groups.size == 1:
             return batches  # every batch ends its group, so nobody needs to know the last one
         if total is None:
-            return ahead(batches, None, self._tell)
-        return counted(batches, total, self._tell)
-
-    def _tell(self, last: bool) -> None:
-        self._groups.last_batch = last
+            return ahead(batches, None, self._groups.note_last)
+        return counted(batches, total, self._groups.note_last)
 
     def _remember(self, raw: Any) -> Any:
         self._ahead = raw

@@ -104,7 +104,7 @@ def scratch_learner(
         callbacks = build(scratch.state)
         scratch.state.callbacks = callbacks
         scratch.loop.dispatch.use(callbacks)
-        scratch.loop.dispatch.checkpoint = None
+        scratch.loop.dispatch.carry_out_requests()
         # A learner finds from its callbacks whether one of them reads the norm, and this one was made without them.
         scratch.core.need_grad_norm(True)
         yield scratch

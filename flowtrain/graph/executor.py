@@ -88,6 +88,10 @@ class Mailbox:
         for _ in range(len(self.calls)):
             self.calls.pop(0)()
 
+    def stop_waiting(self) -> None:
+        """Let every thread that waits for room or for a worker stop waiting, since an interrupt ends the fit."""
+        self.stopping = True
+
     def clear(self) -> None:
         """Drop all calls, since the fit is over."""
         self.stopping = False

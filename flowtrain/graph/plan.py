@@ -7,7 +7,7 @@ in strict mode. So an executor only chooses when and where to call each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -16,10 +16,24 @@ import torch
 from flowtrain.callback.access import declare
 from flowtrain.callback.callback import Callback, draws_own, is_quiet
 from flowtrain.callback.conditions import Condition, Every, When
-from flowtrain.callback.events import Event, FitEnd
+from flowtrain.callback.events import (
+    BackwardBegin,
+    BackwardEnd,
+    BatchBegin,
+    BatchEnd,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    LossBegin,
+    UpdateBegin,
+    UpdateEnd,
+)
 from flowtrain.callback.handler import Handler
-from flowtrain.callback.phases import Phase
-from flowtrain.callback.view import LearnerView
+from flowtrain.callback.phases import AbstractValidationPhase, Phase
+from flowtrain.callback.view import NO_REQUEST, CheckpointRequest, LearnerView
+from flowtrain.errors import RankError
 from flowtrain.graph.exchange import Exchange
 from flowtrain.graph.nodes import Edge, Node, Order
 from flowtrain.graph.shared_state import Peers, runs_here
@@ -130,6 +144,13 @@ class Plan:
         for planned in self.handlers:
             planned.exchange_nothing(event, phase)
 
+    def left_out(self, failures: Iterable[Failed]) -> list[PlannedHandler]:
+        """Return the handlers that are not run because a handler that they depend on has failed."""
+        failed = {id(planned) for planned, _ in failures}
+        bits = sum(1 << position for position, planned in enumerate(self.handlers) if id(planned) in failed)
+        pairs = zip(self.handlers, self.ancestors, strict=True)
+        return [] if self.always else [planned for planned, before in pairs if before & bits]
+
     def with_calls(self, calls: Mapping[int, Call]) -> Plan:
         """Return the same plan with other functions to call at some positions, under the same conditions."""
         handlers = tuple(each.with_call(calls[at]) if at in calls else each for at, each in enumerate(self.handlers))
@@ -178,6 +199,8 @@ def make_plan(
                 conditions = (_SeededConditions(conditions, node, state.draws),)
         planned = PlannedHandler(node, handler, call, view, conditions, exchange or None)
         call = call if watch is None else watch(planned)
+        if peers is not None and node.callback.may_checkpoint:
+            call = _requesting(call, (event_type, phase_type), node, state.requests)
         # The conditions are asked outside of `watch`: their counts are not state that a handler declares. They are the
         # same on every rank, so they are asked before an exchange.
         call = exchange.around(call) if exchange else call
@@ -289,6 +312,43 @@ def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
             call(event, phase, view)
 
     return ask
+
+
+_MEETING = (
+    FitBegin, EpochBegin, BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd, EpochEnd,
+)  # fmt: skip
+"""The events that all ranks fire equally often, those of batches in training only."""
+
+
+def _requesting(call: Call, key: PlanKey, node: Node, requests: list[tuple[str, CheckpointRequest]]) -> Call:
+    """Return the call of a handler that may request a checkpoint, on one of several ranks.
+
+    After it has run, all ranks compare what they request. So it may not request anything at events that not all ranks
+    need fire, where some would wait for the others.
+    """
+    event_type, phase_type = key
+    evaluates = issubclass(phase_type, AbstractValidationPhase) and event_type not in (EpochBegin, EpochEnd)
+    meets = event_type in _MEETING and not evaluates
+
+    def ask(event: Event, phase: Phase, view: LearnerView) -> None:
+        """Call the handler, and note that it has run, also if it fails."""
+        try:
+            call(event, phase, view)
+        finally:
+            if meets:
+                requests.append((node.name, NO_REQUEST))
+        own = [] if meets else [each for each in requests if each[0] == node.name]
+        for each in own:  # otherwise the other ranks would be told that this one drops it
+            requests.remove(each)
+        if own:
+            raise RankError(
+                f"{node.name} requests a checkpoint at ({event_type.__name__}, {phase_type.__name__}), which ranks "
+                f"need not fire equally often, and a checkpoint needs all ranks. Request it at EpochEnd, or at the "
+                f"BatchEnd of a phase that trains."
+            )
+
+    # After the last event of a fit all ranks meet anyway, and none is asked there after a failure.
+    return call if issubclass(event_type, FitEnd) else ask
 
 
 def _skip(event: Event, phase: Phase, view: LearnerView) -> None:

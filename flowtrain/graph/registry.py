@@ -54,7 +54,7 @@ from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of
 from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
-from flowtrain.graph.shared_state import Peers, check_exchange_events, check_ranks, exchanges_of, ranks_of, runs_here
+from flowtrain.graph.shared_state import Peers, check_exchange_events, check_ranks, exchanges_of, runs_here
 from flowtrain.state.learner_state import LearnerState, make_entries, restore_point
 from flowtrain.state.views import bind_view
 
@@ -259,18 +259,17 @@ class Callbacks(Sequence[Callback]):
         return tuple(node for node in self._nodes if runs_here(node, self._peers))
 
     def check_requests(self, names: Iterable[str]) -> None:
-        """Check that all ranks make the request of a checkpoint that callbacks of these names have made.
+        """Check that several ranks know of the callbacks of these names, which have requested a checkpoint, before.
 
         Raises:
-            RankError: One of them runs on the main rank only.
+            RankError: One of them does not say that it may request one.
         """
-        if self._peers is None:
-            return
-        for node in self._nodes:
-            if node.name in names and ranks_of(node).ranks == "main":
+        for node in self._nodes if self._peers is not None else ():
+            if node.name in names and not node.callback.may_checkpoint:
                 raise RankError(
-                    f"{node.name} requests a checkpoint and runs on the main rank only, and a checkpoint needs all "
-                    f'ranks: each gives its random numbers and its position. Set ranks = "every" in the class.'
+                    f"{node.name} requests a checkpoint, in which all ranks take part, and does not say so. Set "
+                    f"may_checkpoint = True in the class: its handlers then run on every rank, which compare what they "
+                    f"request, so that no rank waits for one that requests nothing."
                 )
 
     def describe(self) -> Description:

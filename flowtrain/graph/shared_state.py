@@ -96,6 +96,8 @@ def ranks_of(node: Node) -> _RunsOn:
             f"callback that writes no state runs on the main rank only."
         )
     written = [dotted(path) for path, kind in node.union if isinstance(kind, Write) and path[0] != "resource"]
+    if node.callback.may_checkpoint:
+        return _RunsOn("every", "it may request checkpoints")
     if not written:
         return _RunsOn("main", "it writes no state")
     more = f" and {len(written) - 1} more" if len(written) > 1 else ""
@@ -244,7 +246,13 @@ def check_ranks(nodes: Sequence[Node], peers: Peers) -> SharedState:
 
 
 def _check_main(node: Node, shared: SharedState, nodes: Sequence[Node]) -> None:
-    """Check that a callback of the main rank sends the shared state that it writes."""
+    """Check that a callback of the main rank sends the shared state that it writes, and requests no checkpoint."""
+    if node.callback.may_checkpoint:
+        raise RankError(
+            f"{node.name} runs on the main rank only, since {ranks_of(node).why}, and may_checkpoint = True: a "
+            f"checkpoint needs all ranks, since each gives its random numbers and its position. Leave ranks out, or "
+            f'set ranks = "every".'
+        )
     for _, path, kind in shared.writes_shared(node):
         if not kind.broadcast:
             raise RankError(

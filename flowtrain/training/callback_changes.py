@@ -70,6 +70,10 @@ class CallbackChanges:
         self._loop, self._learner = loop, learner
         self._peers = _peers(loop)
 
+    def close(self) -> None:
+        """Refuse further changes, since the learner is closed: it runs no callbacks any more."""
+        self.closed = True
+
     def use(self, callbacks: list[Callback], watched: Callable[[PlannedHandler], Call] | None) -> None:
         """Make these the callbacks of the learner. Callbacks that it had before are not set up again.
 

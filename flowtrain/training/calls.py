@@ -247,7 +247,7 @@ class Calls:
             return
         loop = self._loop
         loop.scopes.refuse_nested("close()")
-        self._changes.closed = True
+        self._changes.close()
         if failure is not None:  # the backends are told how the run ended
             loop.sinks.note_failure(failure)
         with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises

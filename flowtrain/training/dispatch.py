@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from contextlib import suppress
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from flowtrain.callback.events import (
     BackwardBegin,
@@ -26,7 +26,7 @@ from flowtrain.callback.events import (
     UpdateEnd,
 )
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_step
-from flowtrain.callback.view import CheckpointRequest
+from flowtrain.callback.view import NO_REQUEST, CheckpointRequest
 from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a
 from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Executor, Mailbox, Runner
@@ -43,6 +43,14 @@ __all__ = ["Dispatch", "StepRunners"]
 
 _MOST_FIRED = 10_000
 """The most events that handlers may fire after one event of the loop: with more, handlers fire each other endlessly."""
+
+
+_Carry: TypeAlias = Callable[[Sequence[CheckpointRequest]], None]
+"""A function that carries out requests."""
+
+
+def _leave_out(requests: Sequence[CheckpointRequest]) -> None:
+    """Carry out no request."""
 
 
 class StepRunners:
@@ -136,8 +144,6 @@ class Dispatch:
         fired: The events that handlers of the current event have fired, each with the name of its callback.
         requests: The checkpoints that handlers of the current event have requested.
         mailbox: The calls that the training thread makes between two batches.
-        checkpoint: A function that takes the requested checkpoints; ``None`` without checkpoints.
-        drop: A function that is called with the requests that an error has dropped.
         met: The types of the events with exchanges between ranks that were fired since this set was cleared.
         clock: Times handlers and parts of batches; ``None`` without a timeline.
     """
@@ -151,8 +157,6 @@ class Dispatch:
         self.fired = state.fired
         self.requests = state.requests
         self.mailbox = Mailbox()
-        self.checkpoint: Callable[[Sequence[CheckpointRequest]], None] | None = None
-        self.drop: Callable[[Sequence[CheckpointRequest]], None] = lambda requests: None
         self.met: set[type[Event]] = set()
         self.clock: Clock | None = None
         self._scopes = scopes
@@ -161,6 +165,8 @@ class Dispatch:
         self._callbacks: Callbacks | None = None
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
+        self._take: _Carry = _leave_out
+        self._drop: _Carry = _leave_out
         self._queued = 0  # how many of `fired` were there before the current event, which a failure of it must not drop
         self._postponed: list[CheckpointRequest] = []  # requests at events that have ended, until all others have
         self._closed = False
@@ -173,6 +179,15 @@ class Dispatch:
         self._scopes.keep_entries(_seen_after_a_batch(callbacks.nodes, self._in_a_batch))
         self._by_type.clear()
         self.runners.clear()
+
+    def carry_out_requests(self, take: _Carry = _leave_out, drop: _Carry = _leave_out) -> None:
+        """Carry out the requests of handlers by these functions from now on; without them no request has an effect.
+
+        Args:
+            take: Takes the checkpoints that were requested.
+            drop: Takes note of requests that an error has dropped.
+        """
+        self._take, self._drop = take, drop
 
     def time(self, clock: Clock | None) -> None:
         """Have handlers and parts of batches timed from now on, or no longer for ``None``.
@@ -246,16 +261,15 @@ class Dispatch:
         if self._callbacks is not None:
             self._callbacks.plan(type(event), type(phase)).exchange_nothing(event, phase)
 
-    def requested(self, event: Event, phase: Phase) -> list[CheckpointRequest]:
-        """Return the checkpoints that an event requests that is not fired here, since this rank has left the batch.
+    def drop_requested(self, event: Event, phase: Phase) -> None:
+        """Drop the requests of an event that is not fired here, since this rank has left the batch.
 
         The handlers of callbacks that may request one are run for it. Those that exchange values run on no rank now.
         """
         if self._callbacks is not None:
             _request(self._callbacks.plan(type(event), type(phase)).handlers, event, phase)
-        found = [request for _, request in self.requests]
+        self._drop([request for _, request in self.requests])
         self.drop_requests()
-        return found
 
     def close(self) -> None:
         """Fire no more events, and delete every reference that leads back to this object."""
@@ -264,7 +278,8 @@ class Dispatch:
         self.runners.clear()
         self.mailbox.clear()
         self.drop_requests()
-        self.checkpoint = self._callbacks = None
+        self._take = self._drop = _leave_out
+        self._callbacks = None
         del self.executor
 
     def swap(self, plan: Plan, runner: Runner) -> None:
@@ -351,7 +366,7 @@ class Dispatch:
     def _take_requests(self) -> list[CheckpointRequest]:
         """Return the checkpoints that handlers of the event that has ended requested, and empty their queue."""
         found = [request for _, request in self.requests]
-        names = {name for name, _ in self.requests}
+        names = {name for name, request in self.requests if request is not NO_REQUEST}
         self.requests.clear()
         if self._callbacks is not None:
             self._callbacks.check_requests(names)
@@ -364,13 +379,13 @@ class Dispatch:
             requests: The requests.
             failures: The failures of the events, to which that of a checkpoint is added.
         """
-        if not requests or self.checkpoint is None:
+        if not requests:
             return
         if not failures.only(CancelException):
-            self.drop(requests)
+            self._drop(requests)
             return
         try:
-            self.checkpoint(list(dict.fromkeys(requests)))
+            self._take(list(dict.fromkeys(requests)))
         except Exception as failure:  # raised with the other failures
             failures.add(failure)
 
@@ -385,12 +400,12 @@ class Dispatch:
         Checkpoints that the event requested are still taken if the failures are only cancels.
         """
         effective = self._effective(event, phase, failures)
-        if effective and self.state.world_size > 1:  # the other ranks may run these handlers, and wait in a checkpoint
-            _request(_skipped(plan, failures), event, phase)
+        if self.state.world_size > 1:  # other ranks may run the handlers that were left out, and wait in a checkpoint
+            _request(plan.left_out(failures), event, phase)
         del failures  # see `flowtrain.errors.raise_worst`
         if effective:
             del self.fired[self._queued :]
-            requests = self._take_requests()
+            requests = effective.attempt(self._take_requests) or []
             if not self._draining:
                 self._checkpoint(requests, effective)
             else:  # `drain` takes them after the events that wait, unless one of these fails
@@ -410,13 +425,6 @@ def _request(handlers: Sequence[PlannedHandler], event: Event, phase: Phase) -> 
         if planned.callback.may_checkpoint and planned.exchange is None:
             with suppress(Exception):  # this rank has failed already
                 planned.call(event, phase, planned.view)
-
-
-def _skipped(plan: Plan, failures: Sequence[Failed]) -> list[PlannedHandler]:
-    """Return the handlers that were not run because a handler that they depend on has failed."""
-    failed = {id(planned) for planned, _ in failures}
-    bits = sum(1 << position for position, planned in enumerate(plan.handlers) if id(planned) in failed)
-    return [planned for planned, before in zip(plan.handlers, plan.ancestors, strict=True) if before & bits]
 
 
 def _seen_after_a_batch(nodes: Sequence[Node], within: Set[type[Event]]) -> frozenset[str] | None:

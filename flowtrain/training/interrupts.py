@@ -111,7 +111,6 @@ class Interrupts:
     ) -> None:
         self._changing = True
         self._restore()
-        self._mailbox.stopping = False
         if self._received is not None and (failure is None or isinstance(failure, Exception)):
             interrupt = KeyboardInterrupt(_text(self._received))  # the signal came after the last batch boundary
             failures = Failures(interrupt) if failure is None else Failures(failure, interrupt)
@@ -137,7 +136,7 @@ class Interrupts:
             self._hold(self._leave)
             if self._answers:
                 _answer(received)
-        self._mailbox.stopping = True
+        self._mailbox.stop_waiting()
 
     def _child_ended(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGCHLD: call the earlier handler, and let its error wait for the batch boundary."""

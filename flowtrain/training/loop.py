@@ -75,7 +75,7 @@ class Loop:
             self.together = Ranks(core.world, state, core, self.scopes, self.dispatch)
         mailbox, parts = self.dispatch.mailbox, self.together.parts
         self.checkpoints = Checkpoints(state, core, executor, self.scopes, self.sinks, mailbox, parts)
-        self.dispatch.checkpoint, self.dispatch.drop = self.checkpoints.take, parts.drop
+        self.dispatch.carry_out_requests(self.checkpoints.take, parts.drop)
         self.steps = Steps(state, core, self.scopes, self.dispatch, self.checkpoints, self.together.sync)
         self.sinks.name_run(self.together.agree(self.sinks.run.id))
 
@@ -275,7 +275,7 @@ class Loop:
             self._show(scopes.completed)
             if failures.only(CancelException):
                 failures.attempt(self._update_unfilled, phase)
-            self.core.groups.last_batch = False
+            self.core.groups.note_last(False)
             failures.attempt(self.core.end_groups)  # a device that has failed fails here too
             self.together.merge(phase, failures)
             scopes.end_epoch()

@@ -384,6 +384,7 @@ class Steps(StepContext):
             self._checkpoints.drop_requests()
         completed = None
         if scopes.batch == OPEN:
+            self._checkpoints.drop_cancelled()
             scopes.end_batch()
             if scopes.backward:
                 self._core.discard()

@@ -38,7 +38,7 @@ def test_a_request_holds_the_arguments_of_its_call(tmp_path: Path) -> None:
             view.request_checkpoint(tmp_path / "a", best=True, remove=["b"], weights=True, on_interrupt=True)
 
     learner = tiny_learner(Asks(), n_batches=1)
-    learner.loop.dispatch.checkpoint = found.extend
+    learner.loop.dispatch.carry_out_requests(found.extend)
     learner.fit(1)
     assert found == [CheckpointRequest(str(tmp_path / "a"), True, ("b",), True, True)]
     with pytest.raises(AttributeError, match="cannot assign"):

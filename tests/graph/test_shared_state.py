@@ -246,6 +246,20 @@ def test_a_writer_on_the_main_rank_only() -> None:
     )
 
 
+def test_a_callback_that_may_request_checkpoints_runs_on_every_rank() -> None:
+    class Asks(Callback):
+        may_checkpoint = True
+
+    class AsksAlone(Asks):
+        ranks = "main"
+
+    assert "Asks  on every rank: it may request checkpoints" in build(Asks()).explain()
+    assert refused(AsksAlone()) == (
+        "AsksAlone runs on the main rank only, since it says ranks = 'main', and may_checkpoint = True: a checkpoint "
+        'needs all ranks, since each gives its random numbers and its position. Leave ranks out, or set ranks = "every".'
+    )
+
+
 def test_a_reader_on_every_rank_of_an_entry_that_only_the_main_rank_has() -> None:
     writer = at("Main", {"batch.loss": R, "cbstate.x": W}, ranks="main")
     assert refused(writer, at("Each", {"cbstate.x": R, "batch.inputs": W})) == (

@@ -16,24 +16,32 @@ from torch.nn.functional import cross_entropy
 
 from flowtrain import (
     Access,
+    BackwardBegin,
+    BackwardEnd,
     BatchBegin,
+    BatchCancelled,
     BatchEnd,
     Callback,
+    CancelBatchException,
     CancelEpochException,
     EpochBegin,
     EpochEnd,
     Event,
+    FitBegin,
+    FitEnd,
     Learner,
     LearnerView,
+    LossBegin,
+    Phase,
     Read,
     TorchCore,
     TrainingPhase,
     UpdateEnd,
+    ValidationPhase,
     Write,
     on,
 )
 from flowtrain.callbacks import EMA, Checkpointer
-from flowtrain.errors import RankError
 from flowtrain.training.checkpoint.remote import place
 from tests.ranks.alone import Alone, End, fit
 from tests.ranks.by_hand import classes, differing
@@ -46,7 +54,7 @@ from tests.support.untyped import untyped
 class Middle(Ask):
     """Requests a checkpoint on every rank, as all of them must."""
 
-    ranks = "every"
+    may_checkpoint = True
 
 
 def trained(folder: str, epochs: int, resume: str | None = None, seed: int = 0) -> dict[str, Any]:
@@ -188,7 +196,7 @@ def test_a_rank_that_fails_where_the_others_take_a_checkpoint_makes_none_wait(
 class Saves(Callback):
     """Requests a checkpoint after each batch."""
 
-    ranks = "every"
+    may_checkpoint = True
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -196,10 +204,6 @@ class Saves(Callback):
     @on(BatchEnd, TrainingPhase)
     def save(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         learner.request_checkpoint(Path(self.folder) / "a.ckpt")
-
-
-class SaysSo(Saves):
-    may_checkpoint = True
 
 
 class Marks(Callback):
@@ -221,7 +225,7 @@ class Marks(Callback):
         learner.cbstate.mark = 1
 
 
-class SavesAfter(SaysSo):
+class SavesAfter(Saves):
     """Is not run where `Marks` has failed."""
 
     def state_access(self) -> Access:
@@ -250,19 +254,108 @@ def test_a_rank_takes_part_in_a_checkpoint_although_its_requester_depends_on_a_h
     assert zero.error.text.startswith("rank 1: ValueError: only here")
 
 
-def save(kind: type[Saves], folder: str) -> str:
-    core = TorchCore(device="cpu", accumulate=2)
-    with Learner(
-        nn.Linear(12, 4), cross_entropy, data=classes(4), core=core, callbacks=[kind(folder)], default_callbacks="quiet"
-    ) as learner:
-        try:
-            learner.fit(1)
-        except RankError as error:
-            return str(error)
-    return ""
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_rank_takes_part_in_a_checkpoint_although_a_cancel_without_effect_has_left_out_its_requester(
+    accumulate: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    """At `BatchEnd` a batch cannot be cancelled any more, so all ranks train on."""
+    late = CancelBatchException("only here")
+    zero, one = returned(ranks.run_on(2, 15, depend, str(tmp_path), late, accumulate))
+    assert zero.unlike(one) == []
+    assert (zero.error, one.error) == (None, None)
 
 
-def test_a_request_in_a_batch_that_only_accumulates_must_be_declared(ranks: Ranks, tmp_path: Path) -> None:
-    for text in ranks.values(save, Saves, str(tmp_path)):
-        assert "Set may_checkpoint = True in the class of the callback" in text
-    assert ranks.values(save, SaysSo, str(tmp_path)) == ["", ""]
+class SavesEarly(Saves):
+    """Requests a checkpoint in the middle of each batch."""
+
+    @on(BackwardBegin, TrainingPhase)
+    def save_early(self, event: BackwardBegin, phase: TrainingPhase, learner: LearnerView) -> None:
+        learner.request_checkpoint(Path(self.folder) / "early.ckpt")
+
+
+def cancel_before(folder: str, accumulate: int) -> End:
+    dist.init_process_group("gloo")
+    core = TorchCore(device="cpu", accumulate=accumulate)
+    return fit(Alone(LossBegin, TrainingPhase, "batch", 2), SavesEarly(folder), core=core)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_no_rank_takes_a_checkpoint_that_it_requested_in_a_batch_which_another_rank_cancels(
+    accumulate: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    zero, one = returned(ranks.run_on(2, 15, cancel_before, str(tmp_path), accumulate))
+    assert zero.unlike(one) == []
+    assert (zero.error, one.error) == (None, None)
+
+
+class AsksAlone(Callback):
+    """Requests a checkpoint on one rank alone, at the second firing of an event in a phase, or the first in a fit."""
+
+    may_checkpoint = True
+
+    def __init__(self, path: str, event: type[Event], phase: type[Phase], on_rank: int) -> None:
+        self.path, self.event, self.phase, self.on_rank = path, event, phase, on_rank
+        self.left = 1 if event in (FitBegin, FitEnd) else 2
+
+    @on(Event)
+    def ask(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        if type(event) is self.event and isinstance(phase, self.phase):
+            self.left -= 1
+            if not self.left and rank() == self.on_rank:
+                learner.request_checkpoint(self.path)
+
+
+def ask_alone(path: str, event: type[Event], phase: type[Phase], on_rank: int, accumulate: int) -> End:
+    dist.init_process_group("gloo")
+    return fit(AsksAlone(path, event, phase, on_rank), core=TorchCore(device="cpu", accumulate=accumulate))
+
+
+ASKED: list[tuple[type[Event], type[Phase], int, int]] = [
+    *((event, TrainingPhase, 0, accumulate) for event in (BatchBegin, BackwardEnd, BatchEnd) for accumulate in (1, 3)),
+    *((event, TrainingPhase, 1, 1) for event in (UpdateEnd, BatchEnd, EpochBegin, EpochEnd)),
+    (EpochEnd, ValidationPhase, 0, 1),
+    (FitBegin, Phase, 0, 1),
+]
+
+
+@pytest.mark.parametrize(("event", "phase", "on_rank", "accumulate"), ASKED)
+def test_a_checkpoint_that_one_rank_alone_requests_is_refused_on_all(
+    event: type[Event], phase: type[Phase], on_rank: int, accumulate: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    ends = returned(ranks.run_on(2, 15, ask_alone, str(tmp_path / "a.ckpt"), event, phase, on_rank, accumulate))
+    asked = ["rank 0: none", "rank 1: none"]
+    asked[on_rank] = f"rank {on_rank}: a.ckpt"
+    for end in ends:
+        assert end.error is not None
+        assert end.error.kind == "RankError"
+        assert end.error.text.startswith(f"The ranks request different checkpoints ({'; '.join(asked)}), and each")
+    assert ends[0].unlike(ends[1]) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_that_one_rank_alone_requests_at_the_last_event_ends_all(ranks: Ranks, tmp_path: Path) -> None:
+    zero, one = returned(ranks.run_on(2, 15, ask_alone, str(tmp_path / "a.ckpt"), FitEnd, Phase, 0, 1))
+    assert zero.error is not None
+    assert one.error is not None
+    assert (zero.error.kind, one.error.kind) == ("RemoteError", "RankError")
+    assert zero.error.text == "rank 1: it has come to another point"
+
+
+@pytest.mark.parametrize(("event", "phase"), [(BatchEnd, ValidationPhase), (BatchCancelled, TrainingPhase)])
+def test_a_checkpoint_is_refused_at_events_that_one_rank_alone_may_fire(
+    event: type[Event], phase: type[Phase], ranks: Ranks, tmp_path: Path
+) -> None:
+    zero, one = returned(ranks.run_on(2, 15, ask_lonely, str(tmp_path / "a.ckpt"), event, phase))
+    assert zero.error is not None
+    assert one.error is not None
+    assert (zero.error.kind, one.error.kind) == ("RankError", "RemoteError")
+    assert zero.error.text == (
+        f"AsksAlone requests a checkpoint at ({event.__name__}, {phase.__name__}), which ranks need not fire equally "
+        f"often, and a checkpoint needs all ranks. Request it at EpochEnd, or at the BatchEnd of a phase that trains."
+    )
+
+
+def ask_lonely(path: str, event: type[Event], phase: type[Phase]) -> End:
+    dist.init_process_group("gloo")
+    cancels = [Alone(BatchBegin, TrainingPhase, "batch", nth) for nth in (1, 2)]
+    return fit(*cancels, AsksAlone(path, event, phase, 0), core=TorchCore(device="cpu"))

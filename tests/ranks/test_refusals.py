@@ -126,7 +126,11 @@ def test_a_checkpoint_that_the_main_rank_alone_requests_is_refused(ranks: Ranks,
     one, two = ranks.run_on(2, 30, ask, str(tmp_path / "a.ckpt"))
     assert (one.ended, two.ended) == ("RankError", "RemoteError")
     assert one.error is not None
-    assert one.error.text.startswith("Asks requests a checkpoint and runs on the main rank only, and a checkpoint")
+    assert one.error.text == (
+        "Asks requests a checkpoint, in which all ranks take part, and does not say so. Set may_checkpoint = True in "
+        "the class: its handlers then run on every rank, which compare what they request, so that no rank waits for "
+        "one that requests nothing."
+    )
 
 
 class Thaw(Callback):

@@ -356,7 +356,7 @@ def taken(*callbacks: Callback, executor: str = "serial", fails: type[Exception]
     """Run an epoch; return the file names of the checkpoints that were written."""
     found: list[str] = []
     learner = tiny_learner(*callbacks, executor=EXECUTORS[executor](), n_batches=1, default_callbacks=False)
-    learner.loop.dispatch.checkpoint = lambda requests: found.extend(request.path for request in requests)
+    learner.loop.dispatch.carry_out_requests(lambda requests: found.extend(request.path for request in requests))
     with learner:
         if fails is None:
             learner.fit(1)

@@ -22,7 +22,7 @@ import torch
 
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import Phase
-from flowtrain.callback.view import CheckpointRequest
+from flowtrain.callback.view import NO_REQUEST, CheckpointRequest
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError
 from flowtrain.graph.clock import spanning
@@ -119,29 +119,39 @@ class Checkpoints:
         Raises:
             CheckpointError: The state holds an object that a checkpoint cannot, or the previous checkpoint could not
                 be written.
-            RankError: See `Parts.check_request`.
+            RankError: See `Parts.compare`.
+            RemoteError: See `Parts.compare`.
         """
-        self._parts.check_request()
-        self._on_interrupt += [request for request in requests if request.on_interrupt]
-        self._wanted += [request.path for request in requests if request.loads]
-        now = [request for request in requests if not request.on_interrupt and not request.loads]
-        if now and self._scopes.batch == OPEN:
-            self._waiting += now
+        if self._scopes.batch == OPEN:
+            self._waiting += requests
             self._mailbox.put(self.take_waiting)
-        elif now:
+            return
+        self._parts.compare(requests)
+        now: list[CheckpointRequest] = []
+        for request in requests:
+            if request.loads:
+                self._wanted.append(request.path)
+            elif request is not NO_REQUEST:
+                (self._on_interrupt if request.on_interrupt else now).append(request)
+        if now:
             self._submit(now)
 
     def take_waiting(self) -> None:
         """Take the checkpoints that were requested within the last batch; this raises what `take` raises."""
         if self._waiting:
             waiting, self._waiting = self._waiting, []
-            self._submit(waiting)
+            self.take(waiting)
 
     def drop_requests(self) -> None:
         """Forget the requests: after an error within a batch the state belongs to no batch boundary."""
         self._parts.drop(self._waiting)
         self._on_interrupt.clear()
         self._waiting.clear()
+
+    def drop_cancelled(self) -> None:
+        """Forget the requests of several ranks in a batch that is cancelled, since not all may have come to them."""
+        if self._state.world_size > 1:
+            self._waiting.clear()
 
     def _submit(self, requests: Sequence[CheckpointRequest]) -> None:
         files = ", ".join(place(request.path).name for request in requests)

@@ -19,11 +19,12 @@ __all__ = ["Parts", "WholeParts"]
 class Parts(Protocol):
     """The parts of the checkpoints of one learner."""
 
-    def check_request(self) -> None:
-        """Check that a checkpoint can be requested at this point.
+    def compare(self, requests: Sequence[CheckpointRequest]) -> None:
+        """Compare the requests of all ranks, each of which has come to a handler that may request a checkpoint.
 
         Raises:
-            RankError: Another rank might wait in it for one that has failed.
+            RankError: The ranks request different ones, so some would wait for others.
+            RemoteError: A rank has failed at the event that requested them.
         """
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
@@ -37,9 +38,6 @@ class Parts(Protocol):
 
         Returns:
             Whether they are on all ranks.
-
-        Raises:
-            RemoteError: A rank has failed at the event that requested the checkpoint.
         """
         ...
 
@@ -76,8 +74,8 @@ class Parts(Protocol):
 class WholeParts:
     """The parts of checkpoints of a learner in one process, which has the whole state: a `Parts`."""
 
-    def check_request(self) -> None:
-        """See `Parts.check_request`."""
+    def compare(self, requests: Sequence[CheckpointRequest]) -> None:
+        """See `Parts.compare`."""
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
         """See `Parts.drop`."""

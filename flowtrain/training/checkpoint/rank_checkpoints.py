@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flowtrain.callback.view import CheckpointRequest
+from flowtrain.callback.view import NO_REQUEST, CheckpointRequest
 from flowtrain.core.replica import Replica
 from flowtrain.core.world import World
 from flowtrain.data.rank_batches import fingerprint
-from flowtrain.errors import CheckpointError, RemoteError
+from flowtrain.errors import CheckpointError, RankError, RemoteError
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.files import Writer, save, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
@@ -39,15 +39,15 @@ from flowtrain.training.failures import Failures
 __all__ = ["RankParts"]
 
 
-class _Begins(NamedTuple):
-    """What a rank tells when a checkpoint begins.
+class _Asks(NamedTuple):
+    """What a rank tells where ranks may begin a checkpoint.
 
     Attributes:
-        finite: Whether its parameters and its last loss are finite.
+        requests: The requests of its handlers, as texts.
         reason: Why it takes no part, as text; empty if it does.
     """
 
-    finite: bool
+    requests: tuple[str, ...]
     reason: str
 
 
@@ -58,11 +58,9 @@ class RankParts:
         world: The ranks.
         replica: The models of this rank.
         state: The state of the learner.
-        check_request: See `Parts.check_request`.
     """
 
-    def __init__(self, world: World, replica: Replica, state: LearnerState, check_request: Callable[[], None]) -> None:
-        self.check_request = check_request
+    def __init__(self, world: World, replica: Replica, state: LearnerState) -> None:
         self._world, self._replica, self._state = world, replica, state
         self._writers: World | None = None  # the ranks, for the exchanges of the threads that write shards
         self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
@@ -73,30 +71,42 @@ class RankParts:
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
         """See `Parts.drop`."""
-        self._missed = self._missed or any(not request.on_interrupt and not request.loads for request in requests)
+        self._missed = self._missed or bool(requests)
 
     def miss(self, failure: BaseException | None) -> None:
-        """Tell the other ranks, which begin a checkpoint now, that this one has dropped the request, if it has.
+        """Tell the other ranks, which compare their requests now, that this one has dropped its own, if it has.
 
         Args:
-            failure: The error that has dropped it; ``None`` if the other ranks know of it, and begin no checkpoint.
+            failure: The error that has dropped them; ``None`` if the other ranks know of it, and compare nothing.
         """
         if self._missed and failure is not None and not self._world.lost:
-            self._world.exchange(_Begins(False, f"{type(failure).__name__}: {failure}"))
+            self._world.exchange(_Asks((), f"{type(failure).__name__}: {failure}"))
         self._missed = False
 
-    def begin(self, finite: bool) -> bool:
-        """See `Parts.begin`. The buffers of all ranks are those of the main rank from here on."""
-        found = self._world.exchange(_Begins(finite, ""))
+    def compare(self, requests: Sequence[CheckpointRequest]) -> None:
+        """See `Parts.compare`."""
+        asked = tuple(_described(request) for request in requests if request is not NO_REQUEST)
+        found = self._world.exchange(_Asks(asked, ""))
         failed = {
-            rank: getattr(each, "reason", "") or "it has requested none"
+            rank: getattr(each, "reason", "") or "it has come to another point"
             for rank, each in enumerate(found)
-            if not isinstance(each, _Begins) or each.reason
+            if not isinstance(each, _Asks) or each.reason
         }
         if failed:
             raise RemoteError("; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items()), tuple(failed))
+        if any(each.requests != asked for each in found):
+            shown = "; ".join(f"rank {rank}: {', '.join(each.requests) or 'none'}" for rank, each in enumerate(found))
+            raise RankError(
+                f"The ranks request different checkpoints ({shown}), and each checkpoint needs all ranks. Let a "
+                f"callback decide by what is the same on every rank, as the number of the event or "
+                f"cbstate.metrics_epoch, and not by the rank, the clock, or its own batch."
+            )
+
+    def begin(self, finite: bool) -> bool:
+        """See `Parts.begin`. The buffers of all ranks are those of the main rank from here on."""
+        found = self._world.exchange(finite)
         self._replica.share_buffers()
-        return all(each.finite for each in found)
+        return all(found)
 
     def gather(self, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """See `Parts.gather`. Ranks other than the main one get what they would write alone."""
@@ -206,3 +216,9 @@ class RankParts:
             random.seed(seed)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _described(request: CheckpointRequest) -> str:
+    """Return the file of a request and what is done with it, without the folder, whose path may differ by machine."""
+    when = "weights to load, " if request.loads else "at an interrupt, " if request.on_interrupt else ""
+    return f"{when}{place(request.path).name}"

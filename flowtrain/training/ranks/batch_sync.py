@@ -21,7 +21,12 @@ from flowtrain.callback.events import (
     BackwardEnd,
     BatchBegin,
     BatchEnd,
+    EpochBegin,
+    EpochCancelled,
+    EpochEnd,
     Event,
+    FitBegin,
+    FitEnd,
     LossBegin,
     UpdateBegin,
     UpdateEnd,
@@ -32,6 +37,7 @@ from flowtrain.core.sharding import Sharded
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CancelBatchException, CancelException, CoreError, RankError, RemoteError, merge
 from flowtrain.graph.executor import Runner
+from flowtrain.graph.nodes import Node
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.dispatch import Dispatch
@@ -253,29 +259,13 @@ class BatchSync:
             early = (BatchBegin, LossBegin, BackwardBegin) if in_group else ()
             self._asked = {each: known for each, known in self._asked.items() if each[0] is callbacks}
             self._asked[key] = any(kind.may_cancel for kind in handling(*early, BackwardEnd, UpdateBegin)) or (
-                in_group and any(kind.may_checkpoint for kind in handling(BatchEnd))
+                in_group and any(map(_may_ask_in_a_batch, callbacks.nodes))
             )
         return self._asked[key]
 
     def _in_group(self, phase: Phase) -> bool:
         """Tell whether the present batch goes through DDP and its gradients stay on this rank for now."""
         return self.uses_replica(phase) and not self._replica.syncs_gradients
-
-    def check_request(self) -> None:
-        """Check, when a checkpoint is requested, that the other ranks would learn of a failure of this one before it.
-
-        Raises:
-            RankError: The batch only accumulates gradients, and a rank that has left it could not tell the others.
-        """
-        phase = self._scopes.phase
-        running = self._scopes.batch != CLOSED and not isinstance(phase, AbstractValidationPhase)
-        if running and self._in_group(phase) and not self._decides(phase, in_group=True):
-            raise RankError(
-                "A handler of a training batch requests a checkpoint, with accumulate > 1 on several ranks. A rank "
-                "that fails in such a batch is missed at the end of the group only, and the others would wait for it "
-                "in the checkpoint. Set may_checkpoint = True in the class of the callback: the ranks then ask each "
-                "other in each batch."
-            )
 
     # --- failures
 
@@ -310,7 +300,7 @@ class BatchSync:
         if points.next:
             failure = points.fail(failure)
         elif untold and not isinstance(failure, CancelException):  # the others complete the batch
-            self._dispatch.drop(self._dispatch.requested(_BATCH_END, phase))
+            self._dispatch.drop_requested(_BATCH_END, phase)
         if points.known:  # also if this backward pass has not begun: its group is that of the other ranks
             scopes.set_backward(True)
         elif scopes.batch == OPEN and self._in_group(phase) and isinstance(failure, CancelException):
@@ -336,3 +326,11 @@ class BatchSync:
                     self._dispatch.exchange_nothing(event, phase)
         except (RankError, RemoteError):
             return  # the failure of this rank is told at the next sync point
+
+
+def _may_ask_in_a_batch(node: Node) -> bool:
+    """Tell whether a callback may request a checkpoint in a batch, at an event that is fired there or one of a user."""
+    outside = (FitBegin, EpochBegin, EpochEnd, EpochCancelled, FitEnd)
+    return node.callback.may_checkpoint and any(
+        not issubclass(handler.event_type, outside) for _, handler in node.handlers
+    )

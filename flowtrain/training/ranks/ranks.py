@@ -58,7 +58,7 @@ class Ranks:
         replica = core.replica
         self._points = SyncPoints(world, replica)
         self.sync = BatchSync(self._points, replica, state, core, scopes, dispatch)
-        self.parts = RankParts(world, replica, state, self.sync.check_request)
+        self.parts = RankParts(world, replica, state)
         self._batches = RankBatches(self._points, self.sync, self.parts, core)
         self._world, self._replica, self._state, self._core = world, replica, state, core
         self._save: Callable[[], None] = lambda: None  # takes the checkpoints for an interrupt
