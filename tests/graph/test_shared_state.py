@@ -256,7 +256,8 @@ def test_a_callback_that_may_request_checkpoints_runs_on_every_rank() -> None:
     assert "Asks  on every rank: it may request checkpoints" in build(Asks()).explain()
     assert refused(AsksAlone()) == (
         "AsksAlone runs on the main rank only, since it says ranks = 'main', and may_checkpoint = True: a checkpoint "
-        'needs all ranks, since each gives its random numbers and its position. Leave ranks out, or set ranks = "every".'
+        "needs all ranks, since each gives its random numbers and its position. Leave ranks out, or set ranks = "
+        '"every".'
     )
 
 
