@@ -28,8 +28,9 @@ from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.diagnostics.sync_audit import SyncReport, audit
 from flowtrain.errors import UsageError, switch
-from flowtrain.graph.executor import Executor, find_executor
+from flowtrain.graph.executor import Executor, find_executor, savings
 from flowtrain.graph.registry import Callbacks
+from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training import arguments
@@ -183,8 +184,7 @@ class Learner:
 
         Args:
             data: The loader; by default that of `phase` in the data of the learner.
-            phase: The phase. If the data has no `ValidationPhase` but one other phase that evaluates, the default is
-                that one.
+            phase: The phase; if the data has no `ValidationPhase` but one other phase that evaluates, by default that.
 
         Returns:
             The values of the epoch by the names of the metrics, ``"Loss"`` among them. It is empty if no callback
@@ -199,9 +199,9 @@ class Learner:
     def predict(self, loader: Any, phase: Phase | type[Phase] = ValidationPhase) -> Any:
         """Return the outputs of the model for all batches of a loader, concatenated along the first dimension.
 
-        The model is in eval mode and computes without gradients. Nothing else happens: no callback runs, nothing is
-        recorded, and the modes, the random numbers of the process and the generators of the loader stay as they were.
-        Only worker processes that run already (``persistent_workers=True``) keep the numbers that they have drawn.
+        The model is in eval mode and computes without gradients. No callback runs, nothing is recorded, and the modes,
+        the random numbers of the process and the generators of the loader stay as they were. Only worker processes that
+        run already (``persistent_workers=True``) keep the numbers that they have drawn.
 
         An item of the loader may be a pair ``(inputs, targets)``, whose targets are ignored, or inputs alone, also in a
         list or tuple of one part. If the phase defines `split`, that says what the inputs are.
@@ -253,8 +253,7 @@ class Learner:
     def close(self) -> None:
         """Flush and close the executor and the logging backends. The learner can still be read.
 
-        A closed learner and its model are freed as soon as the last reference to the learner is gone; without `close`
-        they wait for the garbage collector.
+        A closed learner and its model are freed as soon as they are dropped, others by the garbage collector.
         """
         self._calls.close(None, self._let_go)
 
@@ -366,11 +365,7 @@ class Learner:
         return old
 
     def remove_callback(self, wanted: type[Callback] | str | Callback) -> Callback:
-        """Remove the first callback of a type, subclasses included, or of a name, or this one, and return it.
-
-        Raises:
-            CallbackError: The learner has no such callback.
-        """
+        """Remove and return what `get_callback` finds, one callback; `CallbackError` if it finds none."""
         removed = self.callbacks.must_find(wanted)
         self._use([callback for callback in self.callbacks if callback is not removed])
         return removed
@@ -387,10 +382,8 @@ class Learner:
     def suggest_access(self, callback: Callback) -> Recording:
         """Find the smallest declaration for each handler of a callback, print them ready to paste, and return them.
 
-        A copy of the callback runs for one batch of every phase, on copies of all else. The learner does not change.
-
-        Args:
-            callback: A callback of the learner or a new one; it need not declare anything.
+        A copy of the callback, which need not be one of the learner nor declare anything, runs for one batch of every
+        phase, on copies of all else. The learner does not change.
 
         Raises:
             UsageError: The learner has no data, or an object cannot be copied.
@@ -424,6 +417,16 @@ class Learner:
         report = audit(self)
         print(report)
         return report
+
+    def what_if(self) -> WhatIf:
+        """Return what ``executor="dask"`` would save, estimated from the times of the last fit with a timeline.
+
+        Raises:
+            ExecutorError: The executor gives no estimate, or dask is not installed, or the learner is closed.
+            UsageError: No fit of these callbacks has had a timeline, or a handler or a step called this.
+        """
+        self._calls.ready("what_if()")
+        return savings(self.executor)
 
     def __scratch__(self, model: Any, lossfn: Any, **parts: Any) -> Learner:
         """Return a learner of copies for a trial run; a subclass may have a constructor with other arguments."""

@@ -200,7 +200,7 @@ class DaskExecutor:
         """
         self._check_open()
         if self._site is None:
-            raise ExecutorError("This DaskExecutor has no learner yet. Write learner.executor.what_if().")
+            raise ExecutorError("This DaskExecutor has no learner yet. Write learner.what_if().")
         return estimate(self._site, self.workers)
 
     def costs(self, plan: Plan) -> dict[int, float]:

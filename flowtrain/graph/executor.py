@@ -27,12 +27,14 @@ from flowtrain.errors import ExecutorError, nearest
 from flowtrain.graph.clock import Clock
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
+from flowtrain.graph.what_if import WhatIf
 from flowtrain.logging.backend import Run
 from flowtrain.state.learner_state import LearnerState
 
 __all__ = [
     "EXECUTORS",
     "Deferring",
+    "Estimating",
     "Executor",
     "Mailbox",
     "Measuring",
@@ -41,6 +43,7 @@ __all__ = [
     "Site",
     "find_executor",
     "finish_waiting",
+    "savings",
 ]
 
 Runner: TypeAlias = Callable[[Event, Phase], None]
@@ -259,6 +262,36 @@ class Measuring(Protocol):
     def costs(self, plan: Plan) -> Mapping[int, float]:
         """Return the seconds that handlers of a plan cost the event, by position, as far as they were measured."""
         ...
+
+
+@runtime_checkable
+class Estimating(Protocol):
+    """An executor that estimates what running handlers in another way would save; it may implement this too."""
+
+    def what_if(self) -> WhatIf:
+        """Return the estimate for the callbacks of the learner, from the times of the last fit with a timeline.
+
+        Raises:
+            ExecutorError: The executor belongs to no learner, or a package that it needs is not installed.
+            UsageError: No fit of these callbacks has had a timeline.
+        """
+        ...
+
+
+def savings(executor: Executor) -> WhatIf:
+    """Return the estimate of an executor (`Estimating.what_if`).
+
+    Raises:
+        ExecutorError: The executor gives no estimate.
+        UsageError: No fit of these callbacks has had a timeline.
+    """
+    if not isinstance(executor, Estimating):
+        raise ExecutorError(
+            f"what_if() asks the executor for an estimate, and {executor.name!r} ({type(executor).__name__}) gives "
+            f'none. Give it a method what_if(self), or make the learner with executor="serial" and fit it with a '
+            f"timeline: what_if() then estimates what executor='dask' would save."
+        )
+    return executor.what_if()
 
 
 def finish_waiting(executor: Executor, waiting: Mapping[str, Any], site: Site) -> None:

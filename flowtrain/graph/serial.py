@@ -93,7 +93,7 @@ class SerialExecutor:
             UsageError: No fit of these callbacks has had a timeline.
         """
         if self._site is None:
-            raise ExecutorError("This SerialExecutor has no learner yet. Write learner.executor.what_if().")
+            raise ExecutorError("This SerialExecutor has no learner yet. Write learner.what_if().")
         import_path, install = EXECUTORS["dask"]  # which spreads the handlers over threads
         try:
             estimates = importlib.import_module(f"{import_path.partition(':')[0]}.what_if")

@@ -1,4 +1,4 @@
-"""What running handlers in parallel, or deferring them, would save: the result of an executor's ``what_if()``.
+"""What running handlers in parallel, or deferring them, would save: the result of ``learner.what_if()``.
 
 Both are estimates from the times of a fit with a timeline, and both are bounds: two handlers that compute in Python
 share the interpreter's lock and save less, or nothing. ``executor="dask"`` measures both ways itself and takes the

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -62,15 +64,17 @@ def test_without_times_it_says_what_to_do(executor: str) -> None:
         learner.fit(1)
         text = 'Measure them first, in a fit with a timeline: learner.fit(steps=100, timeline="timeline.json").'
         with pytest.raises(UsageError, match=re.escape(text)):
-            learner.executor.what_if()  # type: ignore[attr-defined]  # the executors of flowtrain have it
+            learner.what_if()
 
 
 WITHOUT_DASK = """
 import sys
+from pathlib import Path
+from typing import Any
 from flowtrain.testing import tiny_learner
 sys.modules["dask"] = None
 with tiny_learner(n_batches=1) as learner:
-    learner.executor.what_if()
+    learner.what_if()
 """
 
 
@@ -84,3 +88,40 @@ def test_without_dask_it_says_what_to_install() -> None:
 def test_an_executor_without_a_learner() -> None:
     with pytest.raises(ExecutorError, match="This SerialExecutor has no learner yet"):
         SerialExecutor().what_if()
+
+
+class Silent(SerialExecutor):
+    """An executor that gives no estimate."""
+
+    name = "silent"
+    what_if: Any = None
+
+
+def test_an_executor_that_gives_no_estimate_is_named() -> None:
+    with tiny_learner(n_batches=1, executor=Silent()) as learner:
+        text = (
+            r"^what_if\(\) asks the executor for an estimate, and 'silent' \(Silent\) gives none\. Give it a method "
+            r"what_if\(self\), or make the learner with executor=\"serial\" and fit it with a timeline"
+        )
+        with pytest.raises(ExecutorError, match=text):
+            learner.what_if()
+
+
+def test_an_executor_of_one_s_own_may_answer() -> None:
+    class Answers(SerialExecutor):
+        """An executor with an estimate of its own."""
+
+        def what_if(self) -> WhatIf:
+            return WhatIf(3, (), ())
+
+    with tiny_learner(n_batches=1, executor=Answers()) as learner:
+        assert learner.what_if() == WhatIf(3, (), ())
+
+
+def test_a_closed_learner_gives_no_estimate(tmp_path: Path) -> None:
+    learner = tiny_learner(n_batches=1)
+    learner.fit(1, timeline=tmp_path / "timeline.json")
+    assert learner.what_if().workers > 0
+    learner.close()
+    with pytest.raises(ExecutorError, match=r"^what_if\(\) on a closed learner"):
+        learner.what_if()
