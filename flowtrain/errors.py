@@ -37,6 +37,8 @@ continues after that part. When several handlers of one event fail, one exceptio
 from __future__ import annotations
 
 import difflib
+import inspect
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, ClassVar, cast
@@ -79,6 +81,7 @@ __all__ = [
     "merge",
     "nearest",
     "raise_worst",
+    "runs_nothing",
     "switch",
     "whole_number",
 ]
@@ -265,8 +268,8 @@ def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
 
 
 def is_positive(value: object) -> bool:
-    """Tell whether an argument of a user is a number above zero, and not a ``bool``."""
-    return not is_a(value, bool) and isinstance(value, Real) and float(value) > 0
+    """Tell whether an argument of a user is a number above zero that a ``float`` can hold, and not a ``bool``."""
+    return not is_a(value, bool) and isinstance(value, Real) and 0 < cast("float", value) <= sys.float_info.max
 
 
 def is_whole(value: object) -> bool:
@@ -314,6 +317,12 @@ def switch(call: str, name: str, value: object, error: type[FlowtrainError] = Us
     if value is not True and value is not False:
         raise error(f"{call}({name}={value!r}): {name} is True or False.")
     return value
+
+
+def runs_nothing(function: object) -> bool:
+    """Tell whether a call of a function of a user runs none of its code, since it has ``async`` or ``yield`` in it."""
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(kind(function) for kind in kinds)
 
 
 def is_type(value: object, base: type) -> bool:
@@ -426,7 +435,6 @@ def describe(value: Any, depth: int = 3) -> str:
         value: The piece of data.
         depth: How many containers within one another are described with their parts; the data may hold itself.
 
-    >>> import torch
     >>> describe(torch.zeros(2, 3))
     'Tensor of shape (2, 3), float32'
     """

@@ -23,7 +23,7 @@ from flowtrain.callback.handler import Handler, Marked, mark
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import CallbackError, HandlerError, is_a, is_type
+from flowtrain.errors import CallbackError, HandlerError, is_a, is_type, runs_nothing
 
 __all__ = ["Callback", "draws_own", "is_quiet", "on", "registered"]
 
@@ -105,10 +105,16 @@ class Callback:
                     f"{cls.__name__}.{method} is {getattr(cls, method)!r}, and must be a method: "
                     f"def {method}(self, ...): return ..."
                 )
-        # Each class has a table of its own: a shared one would give the handlers of a subclass to its base too.
-        cls._handlers = {}
+            if runs_nothing(getattr(cls, method)):
+                raise CallbackError(
+                    f"{cls.__name__}.{method} has async or yield in it, so calling it runs nothing of it. Write a "
+                    f"plain method: def {method}(self, ...): return ..."
+                )
+        # Each class has a table of its own: a shared one would give the handlers of a subclass to its base too. A class
+        # that has one already is a copy, as ``@dataclass(slots=True)`` makes, and its methods have lost their marks.
+        cls._handlers = dict(vars(cls).get("_handlers", ()))
         inherited = {base for parent in cls.__bases__ if issubclass(parent, Callback) for base in parent.__mro__}
-        taken: set[str] = set()
+        taken: set[str] = {*cls._handlers}
         for base in cls.__mro__:  # the most derived class first: it decides, as for every attribute
             if base in inherited:  # these handlers are registered already, and `_registered` finds them there
                 taken.update(base.__dict__.get("_handlers", ()))

@@ -16,7 +16,7 @@ from typing import Any
 from flowtrain.callback.access import Access
 from flowtrain.callback.events import Event, FitBegin, FitEnd
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type, nearest
+from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type, nearest, runs_nothing
 
 __all__ = ["Handler", "Marked", "check_handlers", "find_handler", "is_bundled_event", "mark"]
 
@@ -187,8 +187,7 @@ def mark(
 
 def _check_function(function: Callable[..., Any], count: int = 4) -> None:
     """Check that a function can be called with `count` arguments, and that the call runs all of its code."""
-    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-    if any(kind(function) for kind in kinds):
+    if runs_nothing(function):
         raise HandlerError(
             f"{function.__qualname__} cannot be a handler: it has async or yield in it, so calling it runs nothing of "
             f"it. Write a plain function that does its work and returns None."

@@ -40,7 +40,7 @@ from flowtrain.callback.events import (
 )
 from flowtrain.callback.modes import Modes, phase_modes
 from flowtrain.data.batch_size import measure
-from flowtrain.errors import DataError, UsageError, describe, is_a, is_type
+from flowtrain.errors import DataError, UsageError, describe, is_a, is_type, runs_nothing, switch
 
 __all__ = [
     "AbstractTrainingPhase",
@@ -178,11 +178,17 @@ class Phase:
                 f"{cls.__name__} defines __init__, but a phase has no fields: there is one instance of each type. "
                 f"Keep such values in the learner's cbstate or in a callback."
             )
+        if runs_nothing(cls.step):
+            raise UsageError(
+                f"{cls.__name__}.step has async or yield in it, so calling it runs nothing of it. Write a plain "
+                f"function def step(self, learner, raw) that runs the batch and returns None."
+            )
         # A new step may fire other events and provide other entries, so the inherited lists would be wrong.
         if "step" in cls.__dict__:
             for name in ("events", "provides"):
                 if name not in cls.__dict__:
                     setattr(cls, name, None)
+        switch(cls.__name__, "unpack", getattr(cls, "unpack", False))
         cls._check_lists()
 
     @classmethod
@@ -204,8 +210,11 @@ class Phase:
                 f'provides = {{"inputs": BatchBegin}}.'
             )
         for entry, event in (provides or {}).items():
-            if not is_type(event, Event):
-                raise UsageError(f"{name}.provides has {event!r} for {entry!r}. Write a type of events: BatchBegin.")
+            if not is_a(entry, str) or not is_type(event, Event):
+                raise UsageError(
+                    f"{name}.provides has {event!r} for {entry!r}. Write the name of an entry and a type of events: "
+                    f'{{"inputs": BatchBegin}}.'
+                )
             if events is not None and event not in events:
                 raise UsageError(
                     f"{name}.provides has {entry!r} from {event.__name__} on, and {name}.events lacks that event. Add "

@@ -10,7 +10,7 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import HandlerError, is_type
+from flowtrain.errors import HandlerError, is_type, runs_nothing
 
 __all__ = ["CustomCallback"]
 
@@ -42,8 +42,11 @@ class CustomCallback(Callback):
         phase_type: type[Phase] = Phase,
         access: Access | None = None,
     ) -> None:
-        if not callable(f):
-            raise HandlerError(f"CustomCallback({f!r}, ...) takes a function of the learner first.")
+        if not callable(f) or runs_nothing(f):
+            why = ", and this one has async or yield in it, so that a call runs nothing of it" if callable(f) else ""
+            raise HandlerError(
+                f"CustomCallback({f!r}, ...) takes a function of the learner first{why}. Write def f(learner): ..."
+            )
         for kind, base in ((event_type, Event), (phase_type, Phase)):
             if not is_type(kind, base):
                 raise HandlerError(

@@ -6,7 +6,8 @@ There is one `Order` for each event and phase, since callbacks need an order onl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -35,6 +36,7 @@ __all__ = [
     "step_events",
     "to_networkx",
     "unique_names",
+    "within",
 ]
 
 
@@ -144,6 +146,26 @@ def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[P
     return graph
 
 
+_SWITCHES = (
+    "deferrable", "durable", "quiet", "audited", "stops_at_nan", "agrees", "may_cancel", "may_checkpoint",
+)  # fmt: skip
+"""The attributes of a callback that are ``True`` or ``False``."""
+
+
+@contextmanager
+def within(method: str) -> Generator[None]:
+    """Return a context in which a method of a user's callback is called; it notes the method on an exception.
+
+    Args:
+        method: The name of the callback and of the method: ``"Printer.setup"``.
+    """
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"raised in {method}")
+        raise
+
+
 def step_events(phase: type[Phase], nodes: Iterable[Node]) -> list[type[Event]]:
     """Return the known events of a phase, in order: those that it fires, and the user's events that have a handler."""
     fires = phase.events
@@ -224,6 +246,12 @@ def _check(callbacks: list[Callback]) -> None:
                 f"{type(callback).__name__}.name is {callback.name!r}. A name is a text, such as 'Printer', or '' for "
                 f"the name of the type."
             )
+        for name in _SWITCHES:
+            if not is_a(getattr(callback, name), bool):
+                raise CallbackError(
+                    f"{type(callback).__name__}.{name} is {getattr(callback, name)!r}. It is True or False: any other "
+                    f"value, as 'no', would count as true."
+                )
         conditions: Any = callback.conditions
         if not is_a(conditions, (tuple, list)) or not all(is_a(each, Condition) for each in conditions):
             raise CallbackError(

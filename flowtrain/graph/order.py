@@ -29,7 +29,7 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import NoConflict
 from flowtrain.errors import CallbackError, CycleError, WriteConflictError, is_a
-from flowtrain.graph.nodes import Edge, Node, Order, Reason
+from flowtrain.graph.nodes import Edge, Node, Order, Reason, within
 from flowtrain.graph.reach import Meeting, Reach, meetings
 from flowtrain.graph.resolver import Resolver
 
@@ -90,7 +90,8 @@ def _add_run_after(draft: Draft) -> None:
     """Add the edges of `Callback.run_after`; a callback does not run after itself, even if its type is named."""
     instances: dict[type, list[int]] = {}
     for after, node in enumerate(draft.nodes):
-        types = node.callback.run_after()
+        with within(f"{node.name}.run_after"):
+            types = node.callback.run_after()
         if not is_a(types, tuple) or not all(is_a(kind, type) for kind in types):
             raise CallbackError(
                 f"{node.name}.run_after() returned {types!r}. Return a tuple of callback types, as (Recorder,)."

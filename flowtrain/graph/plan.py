@@ -7,9 +7,9 @@ in strict mode. So an executor only chooses when and where to call each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -33,7 +33,7 @@ from flowtrain.callback.events import (
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.callback.view import NO_REQUEST, CheckpointRequest, LearnerView
-from flowtrain.errors import RankError
+from flowtrain.errors import RankError, UsageError
 from flowtrain.graph.exchange import Exchange
 from flowtrain.graph.nodes import Edge, Node, Order
 from flowtrain.graph.shared_state import Peers, runs_here
@@ -291,7 +291,7 @@ class _SeededConditions(Condition):
         """Ask each condition; every condition counts the event, even if an earlier one is not ready."""
         with own_numbers(self._draws.next(self._name)):
             ready = [condition.ready(phase) for condition in self._conditions]
-        return all(ready)
+        return all(ready) or _not_ready(self._conditions, ready)
 
     def passed(self, phase: Phase) -> None:
         """Tell each condition that the handler runs."""
@@ -310,8 +310,25 @@ def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
             for condition in conditions:
                 condition.passed(phase)
             call(event, phase, view)
+        elif None in ready:
+            _not_ready(conditions, ready)
 
     return ask
+
+
+def _not_ready(conditions: Sequence[Condition], ready: Sequence[object]) -> Literal[False]:
+    """Return ``False``, the answer of conditions that are not all ready.
+
+    Raises:
+        UsageError: One of them has answered ``None``: it has no ``return``, and its handler would never run.
+    """
+    for condition, answer in zip(conditions, ready, strict=True):
+        if answer is None:
+            name = type(condition).__name__
+            raise UsageError(
+                f"{name}.ready(phase) returned None. Its answer decides whether the handler runs: return True or False."
+            )
+    return False
 
 
 _MEETING = (

@@ -48,6 +48,7 @@ from flowtrain.graph.nodes import (
     step_events,
     to_networkx,
     unique_names,
+    within,
 )
 from flowtrain.graph.order import order_event, order_setup
 from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of, set_up
@@ -356,7 +357,8 @@ class Callbacks(Sequence[Callback]):
 
     def _make_node(self, callback: Callback, name: str, position: int) -> Node:
         """Look up the handlers, declarations and backends of a callback, and check its handlers."""
-        handlers = tuple(callback.handlers())
+        with within(f"{name}.handlers"):
+            handlers = tuple(callback.handlers())
         if not handlers:
             check_marks(callback)
         check_handlers(handlers)
@@ -368,7 +370,9 @@ class Callbacks(Sequence[Callback]):
             declare(passed, f"{type_name}(access=...)")  # first, so that an error names the argument
         backends = backends_of(callback)
         sinks = declare({backend.resource: Write() for backend in backends}, type_name)
-        shared = union([declare(callback.state_access(), f"{type_name}.state_access()"), sinks])
+        with within(f"{name}.state_access"):
+            stated = callback.state_access()
+        shared = union([declare(stated, f"{type_name}.state_access()"), sinks])
         access: dict[Handler, Declaration] = {}
         for _, handler in handlers:
             where = f"{type_name}.{handler.attribute} ({handler.decorator()}...))"
@@ -379,11 +383,8 @@ class Callbacks(Sequence[Callback]):
 
     def _call_setup(self, node: Node) -> None:
         """Call `Callback.setup` with a view, and refuse requests that only a running fit can serve."""
-        try:
+        with within(f"{node.name}.setup"):
             set_up(node, bind_view(node.union, self._state, owner_of(node, None)), self._state)
-        except Exception as error:
-            error.add_note(f"raised in {node.name}.setup")
-            raise
         if self._state.fired:
             event = self._state.fired[0][1]
             raise CallbackError(
@@ -410,7 +411,8 @@ class Callbacks(Sequence[Callback]):
                 self._call_setup(node)
             check_made(self._nodes, cbstate)
             for node in self._nodes:
-                node.callback.check_callbacks(self)
+                with within(f"{node.name}.check_callbacks"):
+                    node.callback.check_callbacks(self)
             if accept is not None:
                 accept(self.running, self._state)
         except BaseException:

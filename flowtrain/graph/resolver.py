@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolutions_for
 from flowtrain.errors import ResolutionError, is_a
-from flowtrain.graph.nodes import Node
+from flowtrain.graph.nodes import Node, within
 
 __all__ = ["Resolver"]
 
@@ -39,7 +39,8 @@ class Resolver:
         """Collect the answers of `resolve` and of both callbacks, and return the one that counts."""
         answers = resolutions_for(one.callback, other.callback)
         for asked, about in ((one, other), (other, one)):
-            answer = asked.callback.resolve_conflict(about.callback)
+            with within(f"{asked.name}.resolve_conflict"):
+                answer = asked.callback.resolve_conflict(about.callback)
             if answer is not None:
                 answers.append((f"{asked.name}.resolve_conflict({about.name})", answer))
         chosen: tuple[Node | None, Resolution, str] | None = None

@@ -18,9 +18,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 from flowtrain.errors import LoggingError, is_whole
+from flowtrain.logging.names import readable
 
 __all__ = [
     "HOLD",
@@ -321,6 +322,8 @@ HOLD = (
 )
 """The remedy in errors about a backend that no learner has opened."""
 
+_MOST = 1 << 63  # steps are below this
+
 _collector: ContextVar[Collector | None] = ContextVar("flowtrain_collector", default=None)
 
 
@@ -343,8 +346,8 @@ def log(
     """
     backends = _checked(backends, name, step, group)
     step = int(step)  # numpy has whole numbers of its own
-    if not name.isascii():
-        name = name.encode(errors="replace").decode()  # a lone surrogate, as file names may have, becomes "?"
+    if not (name.isascii() and all(map(str.isascii, group))):
+        name, group = readable(name), tuple(map(readable, group))
     collector = _collector.get()
     taken = False
     for backend in backends:
@@ -435,8 +438,10 @@ def _checked(backends: object, name: object, step: object, group: object) -> tup
             )
     if not isinstance(name, str) or not name:
         raise LoggingError(f'log() was given the name {name!r}. A name is a text that is not empty, such as "Loss".')
-    if not is_whole(step):
-        raise LoggingError(f"log({name!r}) was given the step {step!r}. A step is a whole number: write int(...).")
+    if not is_whole(step) or not -_MOST <= cast("int", step) < _MOST:
+        raise LoggingError(
+            f"log({name!r}) was given the step {step!r}. A step is a whole number of at most 64 bits: write int(...)."
+        )
     if not isinstance(group, tuple) or not group or not all(isinstance(part, str) and part for part in group):
         raise LoggingError(
             f"log({name!r}) was given the group {group!r}. A group is a tuple of texts, which say what the step "

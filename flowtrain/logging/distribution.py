@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.errors import LoggingError, whole_number
+from flowtrain.errors import LoggingError, describe, whole_number
 from flowtrain.logging.backend import Histogram
 
 __all__ = ["Distribution", "distribution"]
@@ -80,7 +80,10 @@ def distribution(histogram: Histogram) -> Distribution:
     if not kept:
         return made
     if not math.isfinite(high - low):
-        raise LoggingError(f"Histogram(...) got values from {low} to {high}: too far apart to be counted in bins.")
+        raise LoggingError(
+            f"Histogram(...) got values from {low} to {high}: too far apart to be counted in bins. Log the histogram "
+            f"of their logarithms: values.abs().log10()."
+        )
     counts = torch.histc(values, bins, *made.limits)
     squares = float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
     total = float(values.sum(dtype=torch.float64))
@@ -91,9 +94,19 @@ def _values(values: Any) -> torch.Tensor:
     try:
         found = torch.as_tensor(values).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise LoggingError(f"Histogram(...) takes a tensor or array, and got a {type(values).__name__}.") from error
+        raise LoggingError(
+            f"Histogram(...) takes a tensor or array of numbers, and got a {describe(values)}: {error}. Join several "
+            f"tensors: torch.cat([each.flatten() for each in tensors])."
+        ) from error
     if found.is_complex() or found.is_quantized:
         raise LoggingError(f"Histogram(...) got {found.dtype}, and counts real numbers. Log the histogram of .abs().")
+    if found.is_meta:
+        raise LoggingError(
+            f"Histogram(...) got a {describe(found)}, on the device 'meta', which has no values. Give it some first, "
+            f"as module.to_empty(device='cpu') does."
+        )
+    if found.is_nested:
+        found = torch.cat([each.flatten() for each in found.unbind()])
     if found.layout is not torch.strided:
         found = found.to_dense()
     # Whole numbers become double precision, because single precision would round large ones.

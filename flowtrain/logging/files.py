@@ -51,11 +51,16 @@ class AppendingFile:
         size: The size of the file in bytes.
 
     Raises:
-        LoggingError: The file cannot be opened for writing.
+        LoggingError: The file cannot be opened for writing, or is no regular file, such as ``/dev/null``.
     """
 
     def __init__(self, path: str, whole: Callable[[int], int]) -> None:
         self.path = path
+        if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+            raise LoggingError(
+                f"{path} is a device or a pipe, and a log is a file that is read again when a run is resumed. Log to a "
+                f"file, or leave the backend out."
+            )
         try:
             os.makedirs(os.path.dirname(path), exist_ok=True)
             self._file = io.FileIO(path, "a+")  # an object, so that an interrupt here cannot lose an open descriptor
@@ -234,7 +239,7 @@ def given_path(owner: str, path: Any) -> str:
         LoggingError: `path` is no path that is a text.
     """
     given: object = os.fspath(path) if is_a(path, os.PathLike) else path
-    if not isinstance(given, str):
+    if not isinstance(given, str) or not given or "\0" in given:  # an empty path would be the working directory
         raise LoggingError(f"{owner}(path={path!r}): path is a path, such as 'runs/a/log.jsonl'.")
     return os.path.abspath(given)
 

@@ -37,6 +37,7 @@ from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import Figure, File, Group, Histogram, Image, Loggable, Run, Settings, Text, Value
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.files import AppendingFile, FileBackend, read_file, remove_temporary, replace_file
+from flowtrain.logging.names import readable
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import number, refused, settings
 
@@ -79,7 +80,7 @@ class JsonlBackend(FileBackend):
             folders = map(_part, "/".join((*group, name)).split("/"))
             value = "/".join((f"{os.path.basename(self.path)}.files", *folders, f"{step}{suffix}"))
         elif isinstance(loggable, Text):
-            value = str(loggable.text)
+            value = readable(str(loggable.text))
         elif isinstance(loggable, Histogram):
             counted = distribution(loggable)
             value = {"edges": counted.edges, "counts": counted.counts, "left_out": counted.left_out}

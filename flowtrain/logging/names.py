@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-__all__ = ["Names"]
+__all__ = ["Names", "readable"]
 
 
 class Names:
@@ -58,3 +58,8 @@ class Names:
         if len(clean.encode()) > self._longest - 4:  # leaves room for "_2" up to "_999"
             clean = clean.encode()[: self._longest - 4].decode(errors="ignore").rstrip("/.") or "_"
         return clean
+
+
+def readable(text: str) -> str:
+    """Return a text as UTF-8 can write it: a lone surrogate, as names of files may have, becomes ``?``."""
+    return text.encode(errors="replace").decode()

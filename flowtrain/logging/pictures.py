@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.errors import LoggingError
+from flowtrain.errors import LoggingError, describe
 from flowtrain.logging.backend import Figure, Image
 
 __all__ = ["figure_png", "image_png", "pixels", "png"]
@@ -57,9 +57,12 @@ def pixels(image: Any) -> torch.Tensor:
     try:
         found = torch.as_tensor(image).detach().cpu()
         found = found if found.layout is torch.strided else found.to_dense()
+        shape = tuple(found.shape)  # a nested tensor has none
     except (TypeError, ValueError, RuntimeError) as error:
-        raise LoggingError(f"Image(...) takes a tensor or array, and got a {type(image).__name__}: {error}") from error
-    shape = tuple(found.shape)
+        raise LoggingError(
+            f"Image(...) takes a tensor or array of pixels, and got a {describe(image)}: {error}. Log the pictures of "
+            f"a batch one by one."
+        ) from error
     if found.ndim == 2:
         found = found.unsqueeze(2)
     elif found.ndim == 3 and shape[0] in _COLOUR_TYPES:

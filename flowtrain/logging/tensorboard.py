@@ -24,7 +24,7 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote, unquote
 
-from flowtrain.errors import LoggingError, UsageError, switch
+from flowtrain.errors import LoggingError, switch
 from flowtrain.logging.backend import (
     Figure,
     Group,
@@ -68,21 +68,18 @@ class TensorBoardBackend(LoggerBackend):
             Otherwise training begins with a warning of them.
 
     Raises:
+        LoggingError: `path` is no path, or `append` is not ``True`` or ``False``.
         UsageError: `by_phase` is not ``True`` or ``False``.
     """
 
     accepts = (Value, Image, Text, Histogram, Figure, Settings)
 
     def __init__(self, path: str | os.PathLike[str], *, by_phase: bool = True, append: bool = False) -> None:
-        if by_phase not in (True, False):
-            raise UsageError(
-                f"TensorBoardBackend(by_phase={by_phase!r}): by_phase is True if each phase is a run of its own, or "
-                f"False for one run with the phase in the tags."
-            )
         self._given = given_path("TensorBoardBackend", path)
         self.path = of_rank(self._given)
         self.per_rank = self.path != self._given
-        self.by_phase, self.append = by_phase, switch("TensorBoardBackend", "append", append, LoggingError)
+        self.by_phase = switch("TensorBoardBackend", "by_phase", by_phase)
+        self.append = switch("TensorBoardBackend", "append", append, LoggingError)
         self._opened = ""  # the id of the run that the backend was last opened for
         self._run: Run | None = None  # the run that the backend is open for
         self._continues_flat = ""  # the id of a resumed run that has the phase in the tags

@@ -14,6 +14,7 @@ from typing import Any
 
 from flowtrain.errors import LoggingError, is_a
 from flowtrain.logging.backend import Group, Histogram, Loggable, LoggerBackend, Value
+from flowtrain.logging.names import readable
 from flowtrain.state.series import Series
 
 __all__ = [
@@ -26,6 +27,9 @@ __all__ = [
     "settings",
 ]
 
+_SHORT = 1 << 63
+"""Whole numbers below this are written as they are; larger ones may be too large for some backend."""
+
 
 def number(value: Any) -> float | int:
     """Return a value as a number.
@@ -34,13 +38,18 @@ def number(value: Any) -> float | int:
         value: A number, or a tensor or array with one element.
 
     Raises:
-        LoggingError: `value` is no real number, or has several elements.
+        LoggingError: `value` is no real number, has no value or several elements, or is too large for a ``float``.
 
     >>> number(True), number(0.5)
     (1, 0.5)
     """
-    if type(value) is float or type(value) is int:  # nearly every record: the fast form
+    if type(value) is float or (type(value) is int and -_SHORT < value < _SHORT):  # nearly every record: the fast form
         return value
+    if getattr(value, "is_meta", False):
+        raise LoggingError(
+            "Value(...) got a tensor on the device 'meta', which has no value. Give it one first, as "
+            "module.to_empty(device='cpu') does."
+        )
     if hasattr(value, "item") and hasattr(value, "shape"):  # a tensor, or an array of a library that is not imported
         if math.prod(value.shape) != 1:
             raise LoggingError(
@@ -48,10 +57,15 @@ def number(value: Any) -> float | int:
                 f"Histogram(...), or reduce it, as with .mean()."
             )
         value = value.item()
-    if isinstance(value, int):
-        return int(value)
     if isinstance(value, Real):
-        return float(value)
+        try:
+            found = float(value)
+        except OverflowError:
+            raise LoggingError(
+                f"Value(...) got a {type(value).__name__} that is larger than any float, and no backend can show it. "
+                f"Log its logarithm: Value(math.log10(x))."
+            ) from None
+        return int(value) if isinstance(value, int) else found
     raise LoggingError(f"Value({value!r}) is no real number. Log a text as Text(...), many numbers as Histogram(...).")
 
 
@@ -79,15 +93,18 @@ def settings(values: Any, where: str = "Settings(...)", around: tuple[int, ...] 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings as one mapping, whose names join the nested names with dots.
 
-    >>> flat({"model": {"width": 8}, "seed": 0})
-    {'model.width': 8, 'seed': 0}
+    A name that is there already, because a setting has dots in its own name, gets ``_`` at its end.
+
+    >>> flat({"model": {"width": 8}, "seed": 0, "model.width": 9})
+    {'model.width': 8, 'seed': 0, 'model.width_': 9}
     """
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, f"{prefix}{name}.")
-        else:
-            found[f"{prefix}{name}"] = value
+        nested = isinstance(value, Mapping) and value
+        for path, item in (flat(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}).items():
+            while path in found:
+                path += "_"
+            found[path] = item
     return found
 
 
@@ -129,14 +146,14 @@ def checked_backends(owner: str, backends: Sequence[Any], kind: type[Loggable]) 
 def _name(name: Any, where: str) -> str:
     if not is_a(name, str) or not name:
         raise LoggingError(f"{where} has the name {name!r}; names are texts.")
-    return str(name)
+    return readable(name)
 
 
 def _setting(value: Any, where: str, around: tuple[int, ...]) -> Any:
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, bool):
         return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
+    if isinstance(value, (str, os.PathLike)):
+        return readable(os.fsdecode(value))
     if id(value) in around:
         raise LoggingError(f"{where} holds itself: {value!r:.80}. Leave it out, or write a name instead.")
     if isinstance(value, Mapping):

@@ -45,6 +45,7 @@ def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     tensor(0.5000)
     """
     _check_tensor("accuracy", outputs)
+    _check_tensor("accuracy", targets, "targets")
     if outputs.ndim < 2 or outputs.shape[1] < 2:
         raise UsageError(
             f"accuracy needs outputs of shape (batch, classes, ...), got {tuple(outputs.shape)}. For one score per "
@@ -85,7 +86,7 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
 
 @_good(high=False)
 def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``|outputs - targets|``, for outputs and targets of one shape.
+    """Return the mean of ``|outputs - targets|``, for values of one shape, in at least single precision.
 
     Raises:
         UsageError: The shapes are different.
@@ -94,12 +95,12 @@ def mean_absolute_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.T
     tensor(1.)
     """
     _check_shapes("mean_absolute_error", outputs, targets)
-    return (outputs - targets).abs().mean()
+    return _difference(outputs, targets).abs().mean()
 
 
 @_good(high=False)
 def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Return the mean of ``(outputs - targets)**2``, for outputs and targets of one shape.
+    """Return the mean of ``|outputs - targets|**2``, for values of one shape, in at least single precision.
 
     Raises:
         UsageError: The shapes are different.
@@ -108,7 +109,8 @@ def mean_squared_error(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Te
     tensor(2.)
     """
     _check_shapes("mean_squared_error", outputs, targets)
-    return (outputs - targets).square().mean()
+    difference = _difference(outputs, targets)
+    return (difference.abs() if difference.is_complex() else difference).square().mean()
 
 
 @_good(high=False)
@@ -138,12 +140,23 @@ def model_loss(outputs: Any, targets: object = None) -> torch.Tensor:
     return loss  # type: ignore[no-any-return]  # a step checks that the loss is a tensor
 
 
+def _difference(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Return ``outputs - targets`` in at least single precision.
+
+    Squares of half precision overflow at 256, bytes have no negative numbers, and whole numbers have no mean.
+    """
+    kind = torch.promote_types(torch.promote_types(outputs.dtype, targets.dtype), torch.float32)
+    return outputs.to(kind) - targets.to(kind)
+
+
 def _check_tensor(name: str, outputs: torch.Tensor, what: str = "outputs") -> None:
     if not is_a(outputs, torch.Tensor):
-        part = "outputs.logits" if hasattr(outputs, "logits") else "outputs['logits']"
+        key = next(iter(outputs), "logits") if isinstance(outputs, Mapping) and "logits" not in outputs else "logits"
+        part = f"{what}.logits" if hasattr(outputs, "logits") else f"{what}[{key!r}]"
+        both = f"{part}, targets" if what == "outputs" else f"outputs, {part}"
         raise UsageError(
             f"{name} compares tensors, and the {what} are {describe(outputs)}. Take the part that is meant: "
-            f"Metrics(Metric(lambda outputs, targets: {name}({part}, targets), name={name!r}))."
+            f"Metrics(Metric(lambda outputs, targets: {name}({both}), name={name!r}))."
         )
 
 

@@ -72,7 +72,9 @@ class Metric:
     ) -> None:
         self.accumulates = isinstance(f, Accumulator) and not isinstance(f, type)
         if not (callable(f) or self.accumulates) or is_a(f, type):
-            made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else ""
+            made = f" Write {f.__name__}(), an instance." if isinstance(f, type) else " Write Metrics(accuracy)."
+            if is_a(f, Mapping):
+                made = " Write Metrics(Metric(f, name='A'), Metric(g, name='B')) for functions with names."
             if is_a(f, str) and str(f).isidentifier():
                 made = f" Write Metrics({f}), the function itself; flowtrain.metrics has some. Or Metrics('batch.{f}')."
             raise UsageError(f"{f!r} is no metric: a metric is a function of (outputs, targets).{made}")
@@ -170,7 +172,7 @@ def values_of(metric: Metric, value: Any) -> dict[str, Any]:
     Raises:
         UsageError: The value is a matrix, has more or fewer numbers than labels, or is no number.
     """
-    if metric.plain and type(value) is torch.Tensor and value.numel() == 1:
+    if metric.plain and type(value) is torch.Tensor and value.numel() == 1 and not value.is_complex():
         return {metric.name: value}  # the usual case, in every batch: a shortcut with the result of the code below
     if isinstance(value, Mapping) and hasattr(metric.f, "keys"):  # the members of a collection have their own names
         return {name: item for key, each in value.items() for name, item in _spread(metric, str(key), each)}
@@ -209,21 +211,27 @@ def _spread(metric: Metric, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         for label, item in zip(labels, value, strict=True):
             yield from _spread(metric, f"{name}.{label}", item)
     elif isinstance(value, torch.Tensor) and value.numel() == 1:
+        if value.is_complex():
+            raise UsageError(
+                f"The metric {name} returned a {describe(value)}; a metric is a real number. Return its .abs(), .real "
+                f"or .imag."
+            )
         yield name, value
     elif math.prod(shape) != 1:
         raise UsageError(f"The metric {name} {_shaped(metric, shape)}")
-    elif isinstance(value, (float, int)):
+    elif isinstance(value, float):
         yield name, value
     elif metric.accumulates and isinstance(value, (tuple, list)):
         raise UsageError(f"The metric {name} has a value that is a {describe(value)}{_take(metric)}")
     else:
-        try:
-            yield name, float(cast(Any, value))
-        except (TypeError, ValueError):
+        try:  # an array of one element is no number for Python, and its item is
+            number = float(value.item() if hasattr(value, "item") else cast(Any, value))
+        except (TypeError, ValueError, OverflowError):
             raise UsageError(
                 f"The metric {name} returned {value!r:.200}; a metric is one number, a tensor with one element, or a "
                 f"mapping from names to such. For the numbers of classes give their names: Metric(f, labels=[...])."
             ) from None
+        yield name, value if isinstance(value, int) else number
 
 
 def _shaped(metric: Metric, shape: tuple[int, ...]) -> str:

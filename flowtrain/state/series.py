@@ -14,7 +14,7 @@ import torch
 
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import nearest, whole_number
+from flowtrain.errors import UsageError, nearest, whole_number
 from flowtrain.state.container import Container, Freezer, Tree, declared_items
 from flowtrain.state.device_values import Unread
 from flowtrain.state.encoding import Packer
@@ -27,6 +27,9 @@ __all__ = ["ReadOnlySeries", "ReadOnlySeriesMap", "Series", "SeriesMap"]
 
 _ITEM = 8
 """The bytes of a packed step or value."""
+
+_MOST = 1 << 63
+"""Steps are below this, since a checkpoint holds them with 64 bits."""
 
 _CODES: dict[type | None, tuple[str, torch.dtype]] = {float: ("d", torch.float64), int: ("q", torch.int64)}
 """How values of a type are packed: the code of `array`, and the dtype."""
@@ -131,13 +134,13 @@ class Series(Container):
 
         Args:
             value: The value.
-            step: The number of the batch or epoch, a whole number from 0.
+            step: The number of the batch or epoch, a whole number from 0, of at most 64 bits.
 
         Raises:
             UsageError: `step` is no such number. A checkpoint could not hold it, and would fail much later.
         """
-        if type(step) is not int:
-            step = whole_number(f"{self._path}: the step of push()", step, least=0)
+        if type(step) is not int or not 0 <= step < _MOST:
+            step = self._checked(step)
         if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
             if value.numel() != 1:
                 value = value.detach().clone()
@@ -151,6 +154,13 @@ class Series(Container):
                 return
         self._values.append(value)
         self._steps.append(step)
+
+    def _checked(self, step: object) -> int:
+        """Return a step as an ``int``; raise a `UsageError` for any other value than a whole number of 64 bits."""
+        number = whole_number(f"{self._path}: the step of push()", step, least=0)
+        if number >= _MOST:
+            raise UsageError(f"{self._path}: the step of push() has at most 64 bits, got {number}. Number the batches.")
+        return number
 
     def shorten(self, keep: int) -> None:
         """Drop the oldest values, so that `keep` are left, once there are twice as many.

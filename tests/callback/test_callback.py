@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ from flowtrain.callback.handler import Handler, check_handlers, find_handler
 from flowtrain.graph.checks import _HOOKS
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
+from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.phases import Silent
 from tests.support.untyped import untyped
 
@@ -479,6 +481,37 @@ def test_handlers_may_be_made_per_instance() -> None:
 def test_a_method_that_is_a_value_is_refused(method: str) -> None:
     with pytest.raises(CallbackError, match=rf"Wrong\.{method} is \{{\}}, and must be a method: def {method}\(self"):
         type("Wrong", (Callback,), {method: {}})
+
+
+@pytest.mark.parametrize("method", ["state_access", "run_after", "resolve_conflict", "setup"])
+def test_a_method_of_which_a_call_would_run_nothing_is_refused(method: str) -> None:
+    def lazy(self: Any) -> Any:
+        yield
+
+    async def later(self: Any) -> None: ...
+
+    for function in (lazy, later):
+        with pytest.raises(CallbackError, match=rf"^Wrong\.{method} has async or yield in it, .* Write a plain method"):
+            type("Wrong", (Callback,), {method: function})
+
+
+def test_a_dataclass_with_slots_keeps_its_handlers() -> None:
+    """The decorator makes a copy of the class, whose methods have no marks any more."""
+
+    @dataclass(slots=True, eq=False)
+    class Counts(Callback):
+        seen: int = 0
+
+        @on(BatchEnd)
+        def count(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+            self.seen += 1
+
+    class More(Counts):
+        """Inherits the handler."""
+
+    both = Counts(), More(3)
+    tiny_learner(*both, n_batches=2, data=tiny_batches(n_batches=2)).fit(1)
+    assert [each.seen for each in both] == [2, 5]
 
 
 # --- callbacks without a handler

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from flowtrain import BatchEnd, TrainingPhase, UsageError, ValidationPhase
-from flowtrain.callback.conditions import After, Before, Every, EverySeconds, Once, When
+from flowtrain import BatchEnd, Phase, TrainingPhase, UsageError, ValidationPhase
+from flowtrain.callback.conditions import After, Before, Condition, Every, EverySeconds, Once, When
+from flowtrain.callbacks import CustomCallback
+from flowtrain.testing import tiny_learner
 from tests.support.untyped import untyped
 
 
@@ -38,6 +41,14 @@ def test_every_is_a_whole_number(every: Any) -> None:
             lambda: EverySeconds(BatchEnd, untyped("3")),
             "EverySeconds(..., '3'): seconds is a number above zero, such as 30.",
         ),
+        (
+            lambda: EverySeconds(BatchEnd, math.inf),
+            "EverySeconds(..., inf): seconds is a number above zero, such as 30.",
+        ),
+        (
+            lambda: EverySeconds(BatchEnd, 10**400),
+            f"EverySeconds(..., {10**400}): seconds is a number above zero, such as 30.",
+        ),
         (lambda: EverySeconds(BatchEnd, 0), "EverySeconds(..., 0): seconds is a number above zero, such as 30."),
         (
             lambda: When(BatchEnd, untyped(True)),
@@ -60,3 +71,23 @@ def test_after_and_before_count_by_phase() -> None:
     after, before, phase = After(BatchEnd, 1), Before(BatchEnd, 3), TrainingPhase()
     assert [after.ready(phase) for _ in range(3)] == [False, True, True]
     assert [before.ready(phase) for _ in range(3)] == [True, True, False]
+
+
+class Forgets(Condition):
+    """A condition without a ``return``."""
+
+    def ready(self, phase: Phase) -> Any:
+        """Forget to answer."""
+
+
+@pytest.mark.parametrize("deferrable", [False, True])
+def test_a_condition_that_does_not_answer_is_named(deferrable: bool) -> None:
+    """It would count as one that is not ready, and its handler would never run."""
+    callback = CustomCallback(lambda learner: None, BatchEnd)
+    callback.deferrable = deferrable
+    callback.conditions = (Every(BatchEnd, 1), Forgets(BatchEnd))
+    with pytest.raises(UsageError) as raised:
+        tiny_learner(callback, n_batches=1).fit(1)
+    assert str(raised.value) == (
+        "Forgets.ready(phase) returned None. Its answer decides whether the handler runs: return True or False."
+    )

@@ -341,7 +341,7 @@ def test_an_error_within_a_property_is_raised_as_it_is() -> None:
         @on("kind")
         def show(self, event: Event, phase: Phase, learner: LearnerView) -> None: ...
 
-    with pytest.raises(AttributeError, match=r"^inner problem$"):
+    with pytest.raises(AttributeError, match=r"^inner problem\nraised in Broken\.handlers$"):
         Callbacks([Broken()], LearnerState())
 
 

@@ -54,6 +54,19 @@ class SaysWhat(AbstractTrainingPhase):
         """Do nothing."""
 
 
+def lazy(self: Any, learner: StepContext, raw: Any) -> Any:
+    yield raw
+
+
+async def later(self: Any, learner: StepContext, raw: Any) -> None: ...
+
+
+LAZY = (
+    "Own.step has async or yield in it, so calling it runs nothing of it. Write a plain function def step(self, "
+    "learner, raw) that runs the batch and returns None."
+)
+
+
 @pytest.mark.parametrize(
     ("body", "text"),
     [
@@ -74,8 +87,17 @@ class SaysWhat(AbstractTrainingPhase):
         ),
         (
             {"provides": {"inputs": "BatchBegin"}},
-            "Own.provides has 'BatchBegin' for 'inputs'. Write a type of events: BatchBegin.",
+            "Own.provides has 'BatchBegin' for 'inputs'. Write the name of an entry and a type of events: "
+            '{"inputs": BatchBegin}.',
         ),
+        (
+            {"provides": {1: BatchBegin}},
+            "Own.provides has <class 'flowtrain.callback.events.BatchBegin'> for 1. Write the name of an entry and a "
+            'type of events: {"inputs": BatchBegin}.',
+        ),
+        ({"unpack": "no"}, "Own(unpack='no'): unpack is True or False."),
+        ({"step": lazy}, LAZY),
+        ({"step": later}, LAZY),
         (
             {"provides": ("inputs",)},
             "Own.provides is ('inputs',). It is a mapping from entries of the batch to types of events: "

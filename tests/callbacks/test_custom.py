@@ -79,10 +79,18 @@ def test_a_wrong_declaration_is_one_of_the_argument() -> None:
         tiny_learner(CustomCallback(nothing, BatchEnd, access={"bach": Read()}))
 
 
+def lazy(learner: LearnerView) -> Any:
+    yield learner
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("print", EpochEnd), r"CustomCallback\('print', ...\) takes a function of the learner first\."),
+        (
+            (lazy, EpochEnd),
+            r"of the learner first, and this one has async or yield in it, .* Write def f\(learner",
+        ),
         ((nothing, TrainingPhase), r"got <class '.*TrainingPhase'> where a subclass of Event belongs\. Write Custom"),
         ((nothing, EpochEnd()), r"got EpochEnd\(\) where a subclass of Event belongs"),
         ((nothing, EpochEnd, BatchEnd), r"got <class '.*BatchEnd'> where a subclass of Phase belongs"),

@@ -16,6 +16,7 @@ from flowtrain import (
     EpochEnd,
     Event,
     LearnerView,
+    NoConflict,
     Phase,
     Read,
     TrainingPhase,
@@ -128,6 +129,12 @@ class Frozen(Plain):
         ),
         (lambda: with_attribute("conditions", [print]), "Plain.conditions is [<built-in function print>]. It is a tup"),
         (
+            lambda: with_attribute("deferrable", "no"),
+            "Plain.deferrable is 'no'. It is True or False: any other value, as 'no', would count as true.",
+        ),
+        (lambda: with_attribute("durable", None), "Plain.durable is None. It is True or False: any other value"),
+        (lambda: with_attribute("may_cancel", 1), "Plain.may_cancel is 1. It is True or False"),
+        (
             Untitled,
             "Untitled cannot be given its name, 'Untitled': property 'name' of 'Untitled' object has no setter. Let "
             "the name be an attribute that can be assigned, in no frozen dataclass, or give the class a name of its "
@@ -159,3 +166,23 @@ def test_callbacks_are_compared_by_identity() -> None:
     assert len(tiny_learner(one, other).audit_syncs()) == 0
     with pytest.raises(CallbackError, match=r"is in the list twice, at 1 and 2\. Make two instances"):
         tiny_learner(Compared(torch.zeros(2)), other := Compared(torch.zeros(2)), other)
+
+
+# --- methods of callbacks that fail
+
+
+@pytest.mark.parametrize(
+    "method", ["handlers", "state_access", "run_after", "resolve_conflict", "setup", "check_callbacks"]
+)
+def test_an_error_in_a_method_that_a_learner_calls_names_the_callback(method: str) -> None:
+    """The traceback of a method that several callbacks inherit does not say whose it was."""
+
+    def fail(self: Any, *arguments: Any) -> Any:
+        raise ZeroDivisionError("division by zero")
+
+    body = {"state_access": lambda self: {"cbstate.x": W}, "resolve_conflict": lambda self, other: NoConflict()}
+    broken: Any = type("Broken", (Plain,), {**body, method: fail})
+    other: Any = type("Other", (Plain,), body)
+    with pytest.raises(ZeroDivisionError) as raised:
+        tiny_learner(broken(), other(), default_callbacks=False)
+    assert raised.value.__notes__ == [f"raised in Broken.{method}"]

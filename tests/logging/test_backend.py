@@ -11,7 +11,17 @@ import torch
 
 from flowtrain import logging
 from flowtrain.errors import LoggingError
-from flowtrain.logging import CsvBackend, Histogram, JsonlBackend, Loggable, Run, Settings, Text, Value
+from flowtrain.logging import (
+    CsvBackend,
+    Histogram,
+    JsonlBackend,
+    Loggable,
+    Run,
+    Settings,
+    TensorBoardBackend,
+    Text,
+    Value,
+)
 from flowtrain.logging.backend import Identity, collecting, deliver, identity, log
 from tests.support.untyped import untyped
 
@@ -104,6 +114,7 @@ def test_a_record_belongs_to_the_backend_it_was_logged_to(tmp_path: Path) -> Non
         (([], Value(1), "", 1, STEP), r"was given the name ''\. A name is a text that is not empty"),
         (([], Value(1), 1, 1, STEP), r"was given the name 1\."),
         (([], Value(1), "Loss", 1.5, STEP), r"log\('Loss'\) was given the step 1\.5\. A step is a whole number"),
+        (([], Value(1), "Loss", 2**63, STEP), r"was given the step 9223372036854775808\. .* of at most 64 bits"),
         (([], Value(1), "Loss", 1, "Step"), r"was given the group 'Step'\. A group is a tuple of texts"),
         (([], Value(1), "Loss", 1, ()), r"was given the group \(\)"),
         (([], Value(1), "Loss", 1, ("Step", 1)), r"was given the group \('Step', 1\)"),
@@ -132,3 +143,16 @@ def test_all_loggables_are_public() -> None:
     kinds = {kind.__name__ for kind in Loggable.__subclasses__() if kind.__module__ == Loggable.__module__}
     assert kinds == {"Figure", "File", "Histogram", "Image", "Settings", "Text", "Value"}
     assert kinds <= set(logging.__all__)
+
+
+@pytest.mark.parametrize("kind", [JsonlBackend, CsvBackend, TensorBoardBackend])
+def test_names_that_no_file_can_hold_are_written_with_question_marks(kind: Any, tmp_path: Path) -> None:
+    """A name that was made of a name of a file may have lone surrogates, which UTF-8 cannot write."""
+    backend = kind(tmp_path / "log")
+    backend.open(Run("a"))
+    log(backend, Value(1.0), "Größe\udc80", -(2**63), ("Step", "a\udc80"))
+    backend.close()
+    files = [path for path in (tmp_path / "log", *tmp_path.rglob("events*")) if path.is_file()]
+    assert len(files) == 1
+    written = files[0].read_bytes()
+    assert (b"Gr\\u00f6\\u00dfe?" if kind is JsonlBackend else "Größe?".encode()) in written

@@ -59,5 +59,21 @@ def test_mistakes() -> None:
         distribution(Histogram([1.0], bins=0))
     with pytest.raises(LoggingError, match=r"got torch\.complex64, and counts real numbers"):
         distribution(Histogram(torch.ones(2, dtype=torch.complex64)))
-    with pytest.raises(LoggingError, match=r"takes a tensor or array, and got a str"):
+    with pytest.raises(LoggingError, match=r"takes a tensor or array of numbers, and got a str 'text': .*\. Join sev"):
         distribution(Histogram("text"))
+    with pytest.raises(LoggingError, match=r"and got a list of 2: list of 2: int 1, int 2, list of 1: int 3: .*Join"):
+        distribution(Histogram([[1, 2], [3]]))
+    with pytest.raises(
+        LoggingError, match=r"got a Tensor of shape \(3,\), float32, on the device 'meta', which has no"
+    ):
+        distribution(Histogram(torch.empty(3, device="meta")))
+    far = torch.tensor([-1.7e308, 1.7e308], dtype=torch.float64)
+    with pytest.raises(LoggingError, match=r"too far apart to be counted in bins\. Log the histogram of their log"):
+        distribution(Histogram(far))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_tensor_has_the_values_of_its_parts(layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.zeros(3), torch.ones(1)], layout=layout)
+    assert distribution(Histogram(nested, bins=2)).counts == (3, 1)

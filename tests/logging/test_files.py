@@ -87,9 +87,23 @@ def test_what_cannot_be_opened_says_why(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LoggingError, match=r"file/log cannot be written: File exists: .*/file\. Log to a path in a"):
         AppendingFile(str(tmp_path / "file" / "log"), lines)
+    with pytest.raises(LoggingError, match=r"^/dev/null is a device or a pipe, and a log is a file that is read again"):
+        AppendingFile("/dev/null", lines)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(LoggingError, match=r"/pipe is a device or a pipe, .* Log to a file, or leave the backend out"):
+        AppendingFile(str(tmp_path / "pipe"), lines)
     assert str(unwritable("x", OSError("odd"))) == (
         "x cannot be written: odd. Log to a path in a folder that you may write to."
     )
+
+
+@pytest.mark.parametrize("path", ["", "a\0b", b"log", None, 3])
+@pytest.mark.parametrize("kind", [JsonlBackend, CsvBackend, TensorBoardBackend])
+def test_a_path_that_names_no_file_is_refused_when_it_is_given(kind: Any, path: Any) -> None:
+    """An empty one would be the working directory, and one with a zero byte an error of the system much later."""
+    with pytest.raises(LoggingError) as raised:
+        kind(path)
+    assert str(raised.value) == f"{kind.__name__}(path={path!r}): path is a path, such as 'runs/a/log.jsonl'."
 
 
 ON_A_FULL_DISK = """

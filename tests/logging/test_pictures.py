@@ -43,7 +43,7 @@ def test_values_become_bytes(image: Any, wanted: list[int]) -> None:
 def test_what_is_no_picture_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(LoggingError, match=r"Image\(\.\.\.\) got torch\.float32 of shape .*; a picture is \(hei"):
         pixels(torch.zeros(shape))
-    with pytest.raises(LoggingError, match=r"takes a tensor or array, and got a str"):
+    with pytest.raises(LoggingError, match=r"a tensor or array of pixels, and got a str 'picture': .* one by"):
         pixels("picture")
     with pytest.raises(LoggingError, match=r"Figure\(3\) takes a matplotlib\.figure\.Figure"):
         figure_png(Figure(3))

@@ -248,7 +248,7 @@ def test_a_backend_in_the_folder_of_another_keeps_its_files(inner: str, tmp_path
 
 
 def test_by_phase_is_true_or_false(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^TensorBoardBackend\(by_phase='no'\): by_phase is True if each phase is a "):
+    with pytest.raises(UsageError, match=r"^TensorBoardBackend\(by_phase='no'\): by_phase is True or False"):
         TensorBoardBackend(tmp_path, by_phase=untyped("no"))
 
 

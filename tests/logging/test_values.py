@@ -30,6 +30,10 @@ from flowtrain.state.series import SeriesMap
         (torch.tensor([[2.0]]), 2.0),
         (torch.tensor(True), 1),
         (math.inf, math.inf),
+        (2**64, 2**64),
+        (torch.tensor(1.5, dtype=torch.bfloat16), 1.5),
+        (np.bool_(1), 1),
+        (np.array(1.5), 1.5),
     ],
 )
 def test_numbers(value: Any, wanted: float) -> None:
@@ -45,6 +49,12 @@ def test_numbers(value: Any, wanted: float) -> None:
         ("0.5", r"Value\('0\.5'\) is no real number\. Log a text as Text"),
         (1j, r"Value\(1j\) is no real number"),
         (None, r"Value\(None\) is no real number"),
+        (
+            10**400,
+            r"^Value\(\.\.\.\) got a int that is larger than any float, .* its logarithm: Value\(math\.log10",
+        ),
+        (Fraction(10**400, 3), r"^Value\(\.\.\.\) got a Fraction that is larger than any float"),
+        (torch.empty((), device="meta"), r"got a tensor on the device 'meta', which has no value\. Give it one first"),
     ],
 )
 def test_no_numbers(value: Any, text: str) -> None:
@@ -55,6 +65,7 @@ def test_no_numbers(value: Any, text: str) -> None:
 def test_settings_become_plain() -> None:
     given = {"path": PurePosixPath("a/b"), "sizes": (1, 2), "names": {"b", "a"}, "deep": {"rate": torch.tensor(0.5)}}
     assert settings(given) == {"path": "a/b", "sizes": [1, 2], "names": ["a", "b"], "deep": {"rate": 0.5}}
+    assert settings({"a\udc80": ["ü\udc80", PurePosixPath("b\udc80")]}) == {"a?": ["ü?", "b?"]}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +113,11 @@ def test_flat_names_lead_to_the_values(nested: dict[str, Any]) -> None:
             at = at[name]
         assert at == value
     assert all(not isinstance(value, dict) for value in flat(nested).values())
+
+
+def test_a_flat_name_that_is_there_already_hides_no_value() -> None:
+    nested = {"a": {"b": 1, "b_": 2}, "a.b": 3, "c": {}}
+    assert flat(nested) == {"a.b": 1, "a.b_": 2, "a.b__": 3, "c": {}}
 
 
 def test_backends_are_checked_for_what_is_logged() -> None:

@@ -12,6 +12,7 @@ import torchmetrics.functional as reference
 
 from flowtrain import UsageError
 from flowtrain.metrics import accuracy, mean_absolute_error, mean_squared_error, top_k_accuracy
+from tests.support.untyped import untyped
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -74,6 +75,27 @@ def test_shapes_that_would_only_broadcast_are_refused(
         metric(torch.zeros(outputs), torch.zeros(targets))
 
 
+@pytest.mark.parametrize(
+    ("kind", "absolute", "squared"),
+    [
+        (torch.float16, 400.0, 160_000.0),
+        (torch.bfloat16, 400.0, 160_000.0),
+        (torch.uint8, 200.0, 40_000.0),
+        (torch.int64, 400.0, 160_000.0),
+        (torch.complex64, 500.0, 250_000.0),
+        (torch.bool, 1.0, 1.0),
+    ],
+)
+def test_errors_of_any_type_are_numbers_of_single_precision(kind: torch.dtype, absolute: float, squared: float) -> None:
+    """Half precision ends at 65,504, bytes at 255, and the square of a complex number is none of its size."""
+    small = torch.zeros(2, dtype=kind)
+    large = small + 300 + 400j if kind is torch.complex64 else torch.full((2,), absolute).to(kind)
+    for outputs, targets in ((small, large), (large, small)):
+        for metric, value in ((mean_absolute_error, absolute), (mean_squared_error, squared)):
+            found = metric(outputs, targets)
+            assert (found.dtype, found.item()) == (torch.float32, value)
+
+
 @pytest.mark.parametrize("k", [0, -1, 1.5, None])
 def test_top_k_needs_a_whole_number(k: int) -> None:
     with pytest.raises(UsageError, match=rf"top_k_accuracy\(\): k is a whole number, at least 1, got {k!r}\."):
@@ -89,6 +111,12 @@ def test_top_k_needs_a_whole_number(k: int) -> None:
             "accuracy compares tensors, and the outputs are dict with keys 'logits'. Take the part that is meant: "
             "Metrics(Metric(lambda outputs, targets: accuracy(outputs['logits'], targets), name='accuracy')).",
         ),
+        (
+            accuracy,
+            {"scores": torch.zeros(2, 2)},
+            "accuracy compares tensors, and the outputs are dict with keys 'scores'. Take the part that is meant: "
+            "Metrics(Metric(lambda outputs, targets: accuracy(outputs['scores'], targets), name='accuracy')).",
+        ),
         (mean_squared_error, (torch.zeros(2),), "mean_squared_error compares tensors, and the outputs are tuple of 1:"),
         (top_k_accuracy(2), SimpleNamespace(logits=0), "top_2_accuracy compares tensors, and the outputs are Simple"),
     ],
@@ -97,3 +125,12 @@ def test_outputs_that_are_no_tensor(metric: Any, outputs: Any, text: str) -> Non
     with pytest.raises(UsageError) as raised:
         metric(outputs, torch.zeros(2))
     assert str(raised.value).startswith(text)
+
+
+def test_targets_that_are_no_tensor() -> None:
+    with pytest.raises(UsageError) as raised:
+        accuracy(torch.zeros(2, 2), untyped({"classes": torch.zeros(2)}))
+    assert str(raised.value) == (
+        "accuracy compares tensors, and the targets are dict with keys 'classes'. Take the part that is meant: "
+        "Metrics(Metric(lambda outputs, targets: accuracy(outputs, targets['classes']), name='accuracy'))."
+    )

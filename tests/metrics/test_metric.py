@@ -47,6 +47,8 @@ def test_names(f: Any, name: str) -> None:
     ("arguments", "text"),
     [
         (("accuracy",), r"Write Metrics\(accuracy\), the function itself; flowtrain\.metrics has some"),
+        ((None,), r"^None is no metric: a metric is a function of \(outputs, targets\)\. Write Metrics\(accuracy\)"),
+        (({"A": mean_error},), r"is no metric: .* Write Metrics\(Metric\(f, name='A'\), Metric\(g, name='B'\)\)"),
         ((dict,), r"<class 'dict'> is no metric: .* Write dict\(\), an instance"),
         ((unnamed,), r"needs a name without dots\. Write Metric\(f, name='MyMetric'\)"),
         ((mean_error, "a.b"), r"needs a name without dots"),
@@ -67,6 +69,15 @@ def test_mistakes(arguments: tuple[Any, ...], text: str) -> None:
         ("much", r"The metric MeanError returned 'much'; a metric is one number"),
         ([1.0, 2.0], r"returned \[1\.0, 2\.0\]; .* For the numbers of classes give their names: Metric\(f, labels=\["),
         ({"A": {"B": "much"}}, r"The metric MeanError\.A\.B returned 'much'"),
+        (
+            torch.tensor(1j),
+            r"^The metric MeanError returned a Tensor of shape \(\), complex64; .* its \.abs\(\)",
+        ),
+        (
+            {"A": torch.tensor(1j)},
+            r"The metric MeanError\.A returned a Tensor of shape \(\), complex64; a metric",
+        ),
+        (10**400, r"The metric MeanError returned 10{150}.*; a metric is one number"),
     ],
 )
 def test_a_value_is_one_number_or_several_with_names(value: Any, text: str) -> None:
@@ -79,6 +90,10 @@ def test_a_value_is_one_number_or_several_with_names(value: Any, text: str) -> N
     [
         (2, {"M": 2}),
         (np.float32(0.5), {"M": 0.5}),
+        (np.array([[0.5]]), {"M": 0.5}),
+        (True, {"M": True}),
+        (2**63, {"M": 2**63}),
+        (torch.tensor(1.5, dtype=torch.bfloat16), {"M": 1.5}),
         (torch.ones(1, 1), {"M": 1.0}),
         ({"low": 1.0, "high": torch.tensor(2.0)}, {"M.low": 1.0, "M.high": 2.0}),
         ({"a": {"b": 1}, 3: 4}, {"M.a.b": 1, "M.3": 4}),

@@ -79,7 +79,7 @@ def test_what_is_pushed_while_iterating_comes_with_the_next_iteration() -> None:
     assert len(series) == 2
 
 
-@given(st.lists(st.integers()), st.data())
+@given(st.lists(st.integers(0, 2**63 - 1)), st.data())
 def test_a_series_comes_back_to_a_mark(values: list[int], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(values)))
     series = Series("s")
@@ -350,7 +350,7 @@ def test_copies_and_pickles_have_no_packed_memory() -> None:
     assert (len(packed(copied)[0]), len(packed(series)[0])) == (1001, 1000)
 
 
-@pytest.mark.parametrize("step", [0.5, None, "a", True, np.int64(-1), torch.tensor(1)])
+@pytest.mark.parametrize("step", [0.5, None, "a", True, -1, np.int64(-1), torch.tensor(1)])
 def test_a_step_that_no_checkpoint_can_hold_is_refused_at_once(step: Any) -> None:
     series = SeriesMap("cbstate.tracehistory")
     with pytest.raises(UsageError) as raised:
@@ -361,3 +361,15 @@ def test_a_step_that_no_checkpoint_can_hold_is_refused_at_once(step: Any) -> Non
     series.push("Mine", 1.0, untyped(np.int64(3)))
     assert list(series["Mine"]) == [(3, 1.0)]
     assert type(series["Mine"].steps[0]) is int
+
+
+@pytest.mark.parametrize("step", [2**63, np.uint64(2**63)])
+def test_a_step_of_more_than_64_bits_is_refused_at_once(step: Any) -> None:
+    series = Series("cbstate.mine")
+    series.push(1.0, 2**63 - 1)
+    with pytest.raises(UsageError) as raised:
+        series.push(1.0, step)
+    assert str(raised.value) == (
+        "cbstate.mine: the step of push() has at most 64 bits, got 9223372036854775808. Number the batches."
+    )
+    assert packed(series) == ([2**63 - 1], [1.0])
