@@ -305,7 +305,7 @@ def _conditional(call: Call, conditions: tuple[Condition, ...]) -> Call:
     def ask(event: Event, phase: Phase, view: Any) -> None:
         """Call the handler if every condition is ready."""
         # A list, so that every condition counts the event, even if an earlier one is not ready.
-        ready = [condition.ready(phase) for condition in conditions]
+        ready: list[bool | None] = [condition.ready(phase) for condition in conditions]
         if all(ready):
             for condition in conditions:
                 condition.passed(phase)

@@ -43,7 +43,8 @@ def number(value: Any) -> float | int:
     >>> number(True), number(0.5)
     (1, 0.5)
     """
-    if type(value) is float or (type(value) is int and -_SHORT < value < _SHORT):  # nearly every record: the fast form
+    kind = type(value)
+    if kind is float or (kind is int and -_SHORT < value < _SHORT):  # nearly every record: the fast form
         return value
     if getattr(value, "is_meta", False):
         raise LoggingError(
