@@ -45,7 +45,8 @@ def number(value: Any) -> float | int:
     """
     kind = type(value)
     if kind is float or (kind is int and -_SHORT < value < _SHORT):  # nearly every record: the fast form
-        return value
+        plain: float | int = value
+        return plain
     if getattr(value, "is_meta", False):
         raise LoggingError(
             "Value(...) got a tensor on the device 'meta', which has no value. Give it one first, as "

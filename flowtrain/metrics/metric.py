@@ -225,8 +225,8 @@ def _spread(metric: Metric, name: str, value: Any) -> Iterator[tuple[str, Any]]:
         raise UsageError(f"The metric {name} has a value that is a {describe(value)}{_take(metric)}")
     else:
         try:  # an array of one element is no number for Python, and its item is
-            item: Any = cast(Any, value).item() if hasattr(value, "item") else value
-            number = float(item)
+            single: Any = cast(Any, value).item() if hasattr(value, "item") else value
+            number = float(single)
         except (TypeError, ValueError, OverflowError):
             raise UsageError(
                 f"The metric {name} returned {value!r:.200}; a metric is one number, a tensor with one element, or a "
