@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +15,7 @@ from flowtrain.diagnostics.trace_file import TraceWriter, join
 from flowtrain.errors import CallbackError, LoggingError, UsageError, is_a, whole_number
 from flowtrain.graph.clock import Clock, Mark
 from flowtrain.logging.backend import identity
-from flowtrain.state import device_values
+from flowtrain.state.device_values import watched_waits
 from flowtrain.training.checkpoint.reading import own_version
 from flowtrain.training.loop import Loop
 
@@ -132,16 +133,12 @@ def _writing(loop: Loop, chosen: Timeline) -> Generator[None]:
         )
         yield
         return
-    loop.dispatch.time(clock)
-    loop.checkpoints.writer.clock = clock
-    before, device_values.on_wait = device_values.on_wait, lambda begin, end: clock.add(_WAIT, begin, end)
+    loop.time(clock)
     try:
-        with clock.span("fit", "fit"):
+        with watched_waits(partial(clock.add, _WAIT)), clock.span("fit", "fit"):
             yield
     finally:
-        device_values.on_wait = before
-        loop.checkpoints.writer.clock = None
-        loop.dispatch.time(None)
+        loop.time(None)
         writer.close()
         chosen.files.append(writer.path)
 

@@ -28,7 +28,7 @@ from flowtrain.state.accelerator import has_streams
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-__all__ = ["CHUNK", "DEFAULT_LAG", "Lagged", "Reading", "Unread", "on_wait", "reading"]
+__all__ = ["CHUNK", "DEFAULT_LAG", "Lagged", "Reading", "Unread", "reading", "watched_waits"]
 
 DEFAULT_LAG = 2
 """The number of batches between a value on a device and its use on the host."""
@@ -36,15 +36,25 @@ DEFAULT_LAG = 2
 CHUNK = 256
 """The largest number of values of one series that stay on the device."""
 
-on_wait: Callable[[int, int], None] | None = None
-"""Called with the begin and the end of each wait of the host for the device that the library makes, in ns.
-
-A timeline sets it for the time of a fit. The numbers are those of `time.perf_counter_ns`.
-"""
-
 _depth = 0  # how many calls of the library itself are reading a number now
 # A lane may read a series while the training thread writes it. One lock serves all series, as it is rarely contended.
 _lock = threading.RLock()
+_watches: dict[object, Callable[[int, int], None]] = {}  # several fits may be watched at a time, in threads
+
+
+@contextmanager
+def watched_waits(watch: Callable[[int, int], None]) -> Generator[None]:
+    """Return a context in which a function is told of each wait of the host for the device that the library makes.
+
+    Args:
+        watch: Called on the thread that has waited, with the begin and the end in ns of `time.perf_counter_ns`.
+    """
+    key = object()
+    _watches[key] = watch
+    try:
+        yield
+    finally:
+        del _watches[key]
 
 
 def reading() -> bool:
@@ -96,8 +106,7 @@ class Reading:
 
     def numbers(self) -> list[Any]:
         """Return the values as Python numbers, in the order given. Waits for their copy, and for no later work."""
-        watch = on_wait
-        begin = 0 if watch is None else time.perf_counter_ns()
+        begin = time.perf_counter_ns() if _watches else 0
         for done in self._done:
             done.synchronize()
         numbers: list[Any] = [None] * self._count
@@ -105,8 +114,10 @@ class Reading:
             for positions, host in self._parts:
                 for position, number in zip(positions, host.reshape(-1).tolist(), strict=True):
                     numbers[position] = number
-        if watch is not None:
-            watch(begin, time.perf_counter_ns())
+        if begin:
+            end = time.perf_counter_ns()
+            for watch in list(_watches.values()):
+                watch(begin, end)
         return numbers
 
 

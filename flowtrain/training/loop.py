@@ -26,6 +26,7 @@ from flowtrain.core.optimizers import check_trained
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.loaders import length
 from flowtrain.errors import CancelBatchException, CancelEpochException, CancelException, CancelFittingException
+from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Executor
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import PhaseMap
@@ -78,6 +79,11 @@ class Loop:
         self.dispatch.carry_out_requests(self.checkpoints.take, parts.drop)
         self.steps = Steps(state, core, self.scopes, self.dispatch, self.checkpoints, self.together.sync)
         self.sinks.name_run(self.together.agree(self.sinks.run.id))
+
+    def time(self, clock: Clock | None) -> None:
+        """Have everything in a fit timed from now on that takes time, or no longer for ``None``."""
+        self.dispatch.time(clock)
+        self.checkpoints.writer.time(clock)
 
     # --- fit and epoch
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from flowtrain import TorchCore, TrainingPhase
 from flowtrain.callbacks import Metrics, SmoothLoss
 from flowtrain.metrics import mean_squared_error
-from flowtrain.state.device_values import CHUNK, Lagged, Reading, reading
+from flowtrain.state.device_values import CHUNK, Lagged, Reading, reading, watched_waits
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import assert_equivalent, tiny_learner
@@ -189,3 +189,20 @@ def test_what_is_recorded_does_not_depend_on_the_lag() -> None:
         recorded = learner.cbstate.metrics_step[TrainingPhase]
         found.append({name: list(series) for name, series in recorded.items()})
     assert all(each == found[0] for each in found[1:])
+
+
+def test_each_of_two_watchers_is_told_until_its_own_block_ends() -> None:
+    """Fits with timelines may overlap in two threads, and need not end in the order of their beginnings."""
+    told: dict[str, list[tuple[int, int]]] = {"first": [], "second": []}
+    first, second = (watched_waits(lambda begin, end, name=name: told[name].append((begin, end))) for name in told)
+    first.__enter__()
+    Reading([torch.tensor(1.0)]).numbers()
+    second.__enter__()
+    Reading([torch.tensor(2.0)]).numbers()
+    first.__exit__(None, None, None)
+    Reading([torch.tensor(3.0)]).numbers()
+    second.__exit__(None, None, None)
+    Reading([torch.tensor(4.0)]).numbers()
+    assert [len(each) for each in told.values()] == [2, 2]
+    assert told["first"][1] == told["second"][0]
+    assert all(0 < begin <= end for each in told.values() for begin, end in each)

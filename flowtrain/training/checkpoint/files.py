@@ -111,6 +111,10 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._failure: CheckpointError | None = None
 
+    def time(self, clock: Clock | None) -> None:
+        """Time the writes from now on, or no longer for ``None``."""
+        self.clock = clock
+
     def submit(
         self,
         contents: dict[str, Any] | None,
