@@ -14,13 +14,14 @@ conditions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from types import FunctionType
+from typing import Any, NamedTuple
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
-from flowtrain.graph.held_backends import backends_of_type
+from flowtrain.graph.held_backends import backends_of_type, names_in
 from flowtrain.logging.backend import LoggerBackend
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job
@@ -74,7 +75,7 @@ def check_can_be_sent(job: Job, callbacks: Sequence[Callback]) -> None:
     """Check that callbacks can be sent to another process.
 
     Raises:
-        ExecutorError: A callback does not pickle. The text names it, and the attribute if one is to blame.
+        ExecutorError: A callback does not pickle. The text names the part of it that is to blame, and what to write.
     """
     shared = shared_objects(job, callbacks)
     for name, callback, backends in zip(job.callbacks, callbacks, job.backends, strict=True):
@@ -82,12 +83,11 @@ def check_can_be_sent(job: Job, callbacks: Sequence[Callback]) -> None:
             dump_state([callback], shared)
             dump_job(replace(job, backends=(backends,)), [callback])
         except Exception as error:  # objects of the user define how they pickle, so anything may be raised
-            what, error = _unpicklable_part(callback, backends, shared, error)
+            what, why, remedy = _find_unpicklable(callback, backends, shared, error)
             raise ExecutorError(
-                f"{name} cannot be sent to another process: {what} does not pickle ({type(error).__name__}: {error}). "
-                f"Make it in a handler when it is first needed and leave it out in {type(callback).__name__}."
-                f"__getstate__, set {name}.deferrable = False, or use DaskExecutor(), whose lanes are threads."
-            ) from error
+                f"{name} cannot be sent to another process: {what} ({type(why).__name__}: {why}). "
+                f"{remedy}, set {name}.deferrable = False, or use DaskExecutor(), whose lanes are threads."
+            ) from why
 
 
 def _restore(callback: Callback, state: Any) -> set[str]:
@@ -107,18 +107,61 @@ def _shared_objects(job: Job, callbacks: Sequence[Callback], conditions: Sequenc
     return [*callbacks, *(each for several in (*job.backends, *conditions) for each in several)]
 
 
-def _unpicklable_part(
+class _Unpicklable(NamedTuple):
+    """The part of a callback that does not pickle.
+
+    Attributes:
+        what: The words that say it.
+        why: Its exception.
+        remedy: What to write instead.
+    """
+
+    what: str
+    why: Exception
+    remedy: str
+
+
+def _find_unpicklable(
     callback: Callback, backends: Sequence[LoggerBackend], shared: Sequence[object], error: Exception
-) -> tuple[str, Exception]:
-    """Return the words for the part of a callback that does not pickle, and the exception of that part."""
+) -> _Unpicklable:
+    """Return the part of a callback that does not pickle; `error` is the exception for the whole of it."""
+    kind = type(callback).__name__
     for backend in backends:
-        try:
-            dumps(backend)
-        except Exception as why:
-            return f"its backend {type(backend).__name__}", why
-    for attribute, value in vars(callback).items():
-        try:
-            dumps(value, shared)
-        except Exception as why:
-            return f"its attribute {attribute!r}, a {type(value).__name__},", why
-    return "its type", error
+        if (why := _failure(backend)) is not None:
+            name = type(backend).__name__
+            remedy = f"Leave out in {name}.__getstate__ whatever its open() makes"
+            return _Unpicklable(f"its backend {name} does not pickle", why, remedy)
+    try:
+        state = callback.__getstate__()
+    except Exception as why:
+        return _Unpicklable("its __getstate__ fails", why, f"Return a dict of attributes in {kind}.__getstate__")
+    remedy = f"Make it in a handler when it is first needed and leave it out in {kind}.__getstate__"
+    for each in state if isinstance(state, tuple) else (state,):
+        for name, value in each.items() if isinstance(each, dict) else ():
+            if (why := _failure(value, shared)) is not None:
+                return _Unpicklable(f"its attribute {name!r}, a {type(value).__name__}, does not pickle", why, remedy)
+    remedy = f"Define {kind} in a module that the workers can import, which is sent by its name alone"
+    for what, value in _code_of(type(callback)):
+        if (why := _failure(value)) is not None:
+            return _Unpicklable(f"{what}, a {type(value).__name__}, does not pickle", why, remedy)
+    return _Unpicklable("its type does not pickle", error, remedy)
+
+
+def _failure(value: object, shared: Sequence[object] = ()) -> Exception | None:
+    """Return the exception with which a value fails to pickle, or ``None``."""
+    try:
+        dumps(value, shared)
+    except Exception as why:
+        return why
+    return None
+
+
+def _code_of(kind: type) -> Iterator[tuple[str, object]]:
+    """Yield the globals that the methods of a class name, its methods, and its attributes, each with words for it."""
+    for name, value in vars(kind).items():
+        if isinstance(value, FunctionType):
+            for each in names_in(value.__code__):
+                if each in value.__globals__:
+                    yield f"the global {each!r} in the code of {kind.__name__}.{name}", value.__globals__[each]
+        if isinstance(value, FunctionType) or not name.startswith("__"):
+            yield f"its class attribute {name!r}", value

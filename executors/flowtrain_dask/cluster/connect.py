@@ -6,6 +6,7 @@ The client is never set as dask's default client, so that dask code of the user 
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
@@ -145,6 +146,12 @@ def _reach(
 
 
 def _start(deadline: float, workers: int | None, resources: dict[str, float] | None) -> Connection:
+    # The attribute by which multiprocessing refuses to start a process while the main script is imported.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise ExecutorError(
+            'A process that this program has started imports the main script, which starts DaskExecutor("local") once '
+            'more: write what starts training under if __name__ == "__main__":.'
+        )
     number = min(4, os.cpu_count() or 1) if workers is None else workers
     try:
         with config.set(SHORT_LOG):

@@ -12,7 +12,7 @@ import torch
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callbacks import throttle
 from flowtrain.errors import ExecutorError
-from flowtrain.logging import JsonlBackend
+from flowtrain.logging import JsonlBackend, LoggerBackend
 from flowtrain_dask.cluster.callback_state import (
     build,
     check_can_be_sent,
@@ -21,14 +21,14 @@ from flowtrain_dask.cluster.callback_state import (
     load_state,
     shared_objects,
 )
-from tests.support.lanes import job_of
+from tests.support.lanes import Memory, job_of
 from tests.support.untyped import untyped
 
 
 class Carrier(Callback):
     """Keeps what it is given."""
 
-    def __init__(self, name: str, *backends: JsonlBackend) -> None:
+    def __init__(self, name: str, *backends: LoggerBackend) -> None:
         self.name = name
         self.backends = backends
         self.found: Any = []
@@ -179,4 +179,64 @@ def test_what_does_not_pickle_is_named_with_what_to_write() -> None:
         "one cannot be sent to another process: its attribute 'found', a lock, does not pickle (TypeError: cannot "
         "pickle '_thread.lock' object). Make it in a handler when it is first needed and leave it out in Carrier."
         "__getstate__, set one.deferrable = False, or use DaskExecutor(), whose lanes are threads."
+    )
+
+
+def refusal_of(callback: Callback) -> str:
+    """Return how the check refuses a callback, from the part that does not pickle on, without the common remedies."""
+    with pytest.raises(ExecutorError) as caught:
+        check_can_be_sent(job_of(callback), [callback])
+    text = str(caught.value).removeprefix(f"{callback.name} cannot be sent to another process: ")
+    return text.removesuffix(
+        f", set {callback.name}.deferrable = False, or use DaskExecutor(), whose lanes are threads."
+    )
+
+
+def test_an_attribute_that_getstate_leaves_out_is_not_blamed() -> None:
+    one = Opening("one")
+    untyped(one).lock = threading.Lock()
+    one.found = threading.Lock()
+    assert refusal_of(one).startswith("its attribute 'found', a lock, does not pickle")
+
+
+def test_code_of_the_main_script_is_blamed_with_what_it_names() -> None:
+    """Such code is sent with all that it names. A class of a module is sent by its name, wherever its locks are."""
+    lock = threading.Lock()
+
+    class WithAttribute(Carrier):
+        guard = lock
+
+    remedy = "Define {} in a module that the workers can import, which is sent by its name alone"
+    assert refusal_of(WithAttribute("one")) == (
+        "its class attribute 'guard', a lock, does not pickle (TypeError: cannot pickle '_thread.lock' object). "
+        + remedy.format("WithAttribute")
+    )
+    script: dict[str, Any] = {"__name__": "__main__", "Carrier": Carrier, "lock": lock}
+    exec("class WithGlobal(Carrier):\n    def use(self):\n        return lock", script)
+    assert refusal_of(script["WithGlobal"]("one")) == (
+        "the global 'lock' in the code of WithGlobal.use, a lock, does not pickle (TypeError: cannot pickle "
+        "'_thread.lock' object). " + remedy.format("WithGlobal")
+    )
+
+
+def test_a_backend_and_a_getstate_that_fails_are_blamed() -> None:
+    class Locked(Memory):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lock = threading.Lock()
+
+        def __getstate__(self) -> Any:
+            return vars(self)
+
+    assert refusal_of(Carrier("one", Locked())) == (
+        "its backend Locked does not pickle (TypeError: cannot pickle '_thread.lock' object). Leave out in "
+        "Locked.__getstate__ whatever its open() makes"
+    )
+
+    class Failing(Carrier):
+        def __getstate__(self) -> Any:
+            raise ValueError("no state")
+
+    assert refusal_of(Failing("one")) == (
+        "its __getstate__ fails (ValueError: no state). Return a dict of attributes in Failing.__getstate__"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -164,6 +165,13 @@ def test_a_worker_at_work_is_not_waited_for(
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "begun").read_text("utf-8")), 0)
     del future
+
+
+def test_a_process_that_imports_the_main_script_starts_no_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script without ``if __name__ == "__main__":`` would start a cluster in each of its workers."""
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    with pytest.raises(ExecutorError, match=r"imports the main script.* under if __name__ == ."):
+        connect("local", 60)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
