@@ -356,6 +356,42 @@ def test_a_closed_learner_trains_no_more() -> None:
             call()
 
 
+class FailsAtItsEnd(SerialExecutor):
+    """Has a failure that nobody has heard of when the learner is closed, as that of a lane."""
+
+    def close(self) -> None:
+        super().close()
+        raise ValueError("of a lane")
+
+
+@pytest.mark.parametrize(
+    ("left", "raised", "others"),
+    [
+        (RuntimeError("of the user"), RuntimeError, [ValueError]),
+        (CancelFittingException("of the user"), ValueError, [CancelFittingException]),
+        (KeyboardInterrupt("of the user"), KeyboardInterrupt, [ValueError]),
+        (None, ValueError, []),
+    ],
+    ids=["an error", "a cancel", "an interrupt", "nothing"],
+)
+def test_the_exception_of_a_with_block_is_not_lost(
+    left: BaseException | None, raised: type[BaseException], others: list[type[BaseException]]
+) -> None:
+    """Rules 15 and 17: the first error is raised, and the others are attached to it."""
+    learner = tiny_learner(executor=FailsAtItsEnd())
+
+    def leave() -> None:
+        with learner:
+            if left is not None:
+                raise left
+
+    with pytest.raises(raised) as caught:
+        leave()
+    assert [type(each) for each in getattr(caught.value, "others", ())] == others
+    assert len(getattr(caught.value, "__notes__", ())) == len(others)
+    assert learner.closed
+
+
 @pytest.mark.cpu_only("looks at the core of the CPU")
 def test_what_a_learner_is() -> None:
     learner = tiny_learner()

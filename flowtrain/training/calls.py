@@ -7,7 +7,7 @@ loop run. `predict` runs no phase: it only calls the model, and leaves no trace.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from os import PathLike
 from typing import Any
 
@@ -26,6 +26,7 @@ from flowtrain.training.arguments import check_counts, check_path, check_phase
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.checkpoint.folder_lock import Folders
 from flowtrain.training.checkpoint.rng import restoring_loader
+from flowtrain.training.failures import Failures
 from flowtrain.training.fit_data import check_fit_data, check_gave, check_loader, limited, loaders_by_phase, same_name
 from flowtrain.training.interrupts import Interrupts
 from flowtrain.training.loop import Loop
@@ -240,23 +241,30 @@ class Calls:
         """Close the executor and the logging backends; see `Learner.close`.
 
         Args:
-            failure: The exception that has left the ``with`` block of the learner, if any.
+            failure: The exception that has left the ``with`` block of the learner, if any. If it is the worst of all
+                failures, the block raises it, and this method raises none.
             let_go: Called last, whatever was raised before.
+
+        Raises:
+            Exception: The worst failure: of a deferred callback, a checkpoint or a logging backend.
         """
         if self._changes.closed:
             return
         loop = self._loop
         loop.scopes.refuse_nested("close()")
         self._changes.close()
-        if failure is not None:  # the backends are told how the run ended
-            loop.sinks.note_failure(failure)
-        with ExitStack() as stack:  # runs all of these, the last one first, whatever each of them raises
-            stack.callback(let_go)
-            stack.callback(self._folders.release)
-            stack.callback(loop.sinks.close)
-            stack.enter_context(loop.sinks.noting_outcome(trains=False))
-            stack.callback(loop.checkpoints.writer.wait)
-            stack.callback(loop.executor.close)
+        failures = Failures() if failure is None else Failures(failure)
+        failures.attempt(loop.executor.close)
+        failures.attempt(loop.checkpoints.writer.wait)
+        if (worst := failures.worst) is not None:  # the backends are told how the run ended
+            loop.sinks.note_failure(worst)
+        failures.attempt(loop.sinks.close)
+        failures.attempt(self._folders.release)
+        failures.attempt(let_go)
+        del worst  # see `raise_worst`
+        if failure is not None and failures.worst is failure:
+            failures.drop()
+        failures.raise_worst()
 
     def ready(self, call: str) -> None:
         """Refuse a call on a closed learner, and one from within a handler or a step."""

@@ -194,7 +194,8 @@ def test_what_is_recorded_does_not_depend_on_the_lag() -> None:
 def test_each_of_two_watchers_is_told_until_its_own_block_ends() -> None:
     """Fits with timelines may overlap in two threads, and need not end in the order of their beginnings."""
     told: dict[str, list[tuple[int, int]]] = {"first": [], "second": []}
-    first, second = (watched_waits(lambda begin, end, name=name: told[name].append((begin, end))) for name in told)
+    first = watched_waits(lambda begin, end: told["first"].append((begin, end)))
+    second = watched_waits(lambda begin, end: told["second"].append((begin, end)))
     first.__enter__()
     Reading([torch.tensor(1.0)]).numbers()
     second.__enter__()

@@ -133,8 +133,8 @@ def _find_unpicklable(
             return _Unpicklable(f"its backend {name} does not pickle", why, remedy)
     try:
         state = callback.__getstate__()
-    except Exception as why:
-        return _Unpicklable("its __getstate__ fails", why, f"Return a dict of attributes in {kind}.__getstate__")
+    except Exception as failure:
+        return _Unpicklable("its __getstate__ fails", failure, f"Return a dict of attributes in {kind}.__getstate__")
     remedy = f"Make it in a handler when it is first needed and leave it out in {kind}.__getstate__"
     for each in state if isinstance(state, tuple) else (state,):
         for name, value in each.items() if isinstance(each, dict) else ():
