@@ -32,14 +32,15 @@ ELSEWHERE = {
     "state/shards": "ranks/test_sharded",
     "testing/probes": "testing/test_contract",
     "training/checkpoint/lock_file": "training/checkpoint/test_folder_lock",
-    "training/checkpoint/parts": "ranks/test_checkpoints",
+    "training/checkpoint/parts": "ranks/test_together",
     "training/checkpoint/rank_checkpoints": "ranks/test_checkpoints",
     "training/checkpoint/shard_files": "ranks/test_shard_files",
     "training/ranks/batch_sync": "ranks/test_one_alone",
     "training/ranks/batches": "ranks/test_data",
     "training/ranks/ranks": "ranks/test_one_alone",
     "training/step_errors": "training/test_step",
-    "training/together": "training/test_loop",
+    "training/sync": "ranks/test_together",
+    "training/together": "ranks/test_together",
 }
 
 # The files that test no single module, and their subjects.
@@ -94,6 +95,7 @@ OTHERS = {
     "ranks/test_gradients": "sparse and complex gradients of several ranks",
     "ranks/test_harness": "the processes in which tests run a function on several ranks",
     "ranks/test_one_alone": "a rank that alone cancels, fails, is interrupted, killed or suspended",
+    "ranks/test_together": "the contracts of the batches, the loop and the checkpoints of one process and of ranks",
     "ranks/test_replica": "the contract of the models of one process, of DDP and of shards",
     "ranks/test_same_training": "training on several ranks, compared with DDP by hand",
     "ranks/test_refusals": "what ranks refuse, and what DDP alone would get wrong",

@@ -7,7 +7,8 @@ events, `failures` collects what is raised on the way, `step_errors` says what i
 argument of a user; `sinks` opens and closes the logging backends. `checkpoint` writes the state of training to a file
 and restores it.
 
-`together` says what the loop asks of all processes that train together; `ranks` does it where they are several.
+`together` says what the loop asks of all processes that train together, and `sync` what a step asks of them; `ranks`
+does it where they are several.
 """
 
 __all__: list[str] = []

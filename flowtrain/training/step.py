@@ -42,9 +42,9 @@ from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.failures import Failures
-from flowtrain.training.ranks.batch_sync import BatchSync
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 from flowtrain.training.step_errors import check_graph, loss_error, note_inputs, see_memory_error
+from flowtrain.training.sync import Sync
 
 __all__ = ["Steps", "detach_loss"]
 
@@ -66,7 +66,7 @@ class Steps(StepContext):
         scopes: The open scopes.
         dispatch: Fires events.
         checkpoints: Drops the requests of a batch that ends with an error.
-        sync: Synchronises each batch with those of the other ranks; ``None`` for one process.
+        sync: Synchronises each batch with those of the other ranks.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Steps(StepContext):
         scopes: Scopes,
         dispatch: Dispatch,
         checkpoints: Checkpoints,
-        sync: BatchSync | None,
+        sync: Sync,
     ) -> None:
         self._state, self._core, self._scopes, self._dispatch = state, core, scopes, dispatch
         self._checkpoints, self._sync = checkpoints, sync
@@ -138,11 +138,9 @@ class Steps(StepContext):
     def run_batch(self, phase: Phase, **state: Any) -> Generator[BatchState]:
         """See `StepContext.run_batch`."""
         core, scopes = self._core, self._scopes
-        sync = None if self._sync is None or isinstance(phase, AbstractValidationPhase) else self._sync
-        if sync is not None:
-            sync.begin_own()
         if scopes.batch != CLOSED:
             raise UsageError(f"run_batch({phase!r}) was called inside an open batch. Leave that one first.")
+        self._sync.begin_own(phase)
         batch = BatchState()
         if core.places:
             state = core.place(state)
@@ -155,8 +153,7 @@ class Steps(StepContext):
             if torch.is_grad_enabled():
                 core.groups.begin()
             yield batch
-            if sync is not None:
-                sync.agree()
+            self._sync.end_own(phase)
         except BaseException as failure:
             self.cancel_batch(phase, failure)  # always raises, since no exception is given to end here
         scopes.end_batch()
@@ -168,8 +165,7 @@ class Steps(StepContext):
     def fire(self, event: Event, phase: Phase) -> None:
         """See `StepContext.fire`."""
         if is_a(event, UpdateEnd):  # a step that calls its optimizer itself fires this event instead of `update`
-            if self._sync is not None:
-                self._sync.refuse_update(phase)
+            self._sync.check_own_update(phase)
             self._state.updates += 1
         self._dispatch.fire_from_outside(event, phase)
 
@@ -206,8 +202,6 @@ class Steps(StepContext):
     def update(self, phase: Phase, name: str | None = None) -> None:
         """See `StepContext.update`."""
         self._need_batch("update")
-        if self._sync is not None:
-            self._sync.count()
         names = self._core.due(name)
         if names:
             self.update_due(phase, names, _UPDATE_BEGIN, _UPDATE_END)
@@ -221,15 +215,15 @@ class Steps(StepContext):
     def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
         """See `StepContext.train`."""
         on, core, scopes, sync = self._runners[phase], self._core, self._scopes, self._sync
-        batch = self._open(phase, on, raw, core.model if sync is None else sync.begin(phase), True)
+        # `NoSync.begin` returns the same functions, and its call would be one more in every batch.
+        calls = (core.model, core.backward, self.update) if sync.alone else sync.begin(phase, self.update)
+        model, backward, update = calls
+        batch = self._open(phase, on, raw, model, True)
         scopes.backward = True
         if on.backward_begin is not None:
             on.backward_begin(_BACKWARD_BEGIN, phase)
         try:
-            if sync is None:
-                core.backward(batch.loss)
-            else:
-                sync.backward(phase, batch.loss)
+            backward(batch.loss)
         except RuntimeError as error:
             check_graph(phase, "batch.loss", batch.loss, error)
             raise
@@ -247,12 +241,8 @@ class Steps(StepContext):
             self._state.updates += 1
             if on.update_end is not None:
                 on.update_end(_UPDATE_END, phase)
-        elif sync is None:
-            self.update(phase)
         else:
-            sync.after_backward(phase)
-            self.update(phase)
-            sync.end(phase)
+            update(phase)
         scopes.batch = ENDING
         if on.batch_end is not None:
             on.batch_end(_BATCH_END, phase)
@@ -340,29 +330,25 @@ class Steps(StepContext):
             return partial(self.train, phase)
         if isinstance(phase, AbstractValidationPhase) and has_bundled_step(type(phase), AbstractValidationPhase):
             return partial(self.evaluate, phase)
-        step = partial(phase.step, self)
-        return step if self._sync is None else self._sync.around(phase, step)
+        return self._sync.around(phase, partial(phase.step, self))
 
     def update_due(self, phase: Phase, names: list[str], begin: UpdateBegin, end: UpdateEnd) -> None:
         """Clip and step the optimizers of these names together, between the two events."""
         on, core, sync = self._runners[phase], self._core, self._sync
-        if sync is not None:
-            sync.average(phase, names, in_batch=begin.in_batch)
+        runners = on.update_begin, on.update_end  # `NoSync.updating` returns them too; see `train`
+        if not sync.alone:
+            runners = sync.updating(phase, names, on, in_batch=begin.in_batch)
+        update_begin, update_end = runners
         core.unscale(names)
-        if sync is not None:
-            sync.begin_update(begin, phase, on.update_begin)
-        elif on.update_begin is not None:
-            on.update_begin(begin, phase)
+        if update_begin is not None:
+            update_begin(begin, phase)
         norm = core.clip(names)
         if norm is not None:
             self._state.batch.grad_norm = norm
         core.step(names)
         self._state.updates += 1
-        if on.update_end is not None:
-            if sync is None:
-                on.update_end(end, phase)
-            else:
-                sync.end_update(end, phase, on.update_end)
+        if update_end is not None:
+            update_end(end, phase)
 
     def cancel_batch(self, phase: Phase, failure: BaseException, *ends: type[BaseException]) -> None:
         """Close the batch after an exception, if it is open, and raise the worst failure.
@@ -373,8 +359,7 @@ class Steps(StepContext):
             ends: Types of exceptions that end with the batch, and are not raised.
         """
         scopes = self._scopes
-        if self._sync is not None:
-            failure = self._sync.leave(phase, failure)
+        failure = self._sync.leave(phase, failure)
         scopes.locate(failure, phase)
         see_memory_error(failure, phase, self._core, self._state.batch if scopes.batch else None)
         failures = Failures(failure)

@@ -15,7 +15,7 @@ from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.parts import Parts, WholeParts
 from flowtrain.training.failures import Failures
-from flowtrain.training.ranks.batch_sync import BatchSync
+from flowtrain.training.sync import NoSync, Sync
 
 __all__ = ["Alone", "Together"]
 
@@ -24,8 +24,8 @@ class Together(Protocol):
     """The processes that train one model."""
 
     @property
-    def sync(self) -> BatchSync | None:
-        """Synchronises the batches; ``None`` for one process."""
+    def sync(self) -> Sync:
+        """Synchronises the batches."""
         ...
 
     @property
@@ -122,9 +122,8 @@ class Alone:
         core: The core of the learner.
     """
 
-    sync = None
-
     def __init__(self, core: TorchCore) -> None:
+        self.sync = NoSync(core)
         self.parts = WholeParts()
         self._core = core
 

@@ -3,13 +3,13 @@
 A bundled phase trains through DDP, and the flags of the sync point travel with the gradients, in the backward pass. The
 step of a user's phase averages the gradients before each update, after a message with the flags, and has a further sync
 point at the end of its batch. What is raised before a sync point is told there, so that a batch is cancelled on all
-ranks or on none; `flowtrain.training.ranks.sync_points` describes the rest. `flowtrain.training.step.Steps` calls the
-methods here, at the places in a batch that they name.
+ranks or on none; `flowtrain.training.ranks.sync_points` describes the rest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,9 +40,10 @@ from flowtrain.graph.executor import Runner
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.dispatch import Dispatch
+from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.ranks.sync_points import GRADIENTS, MESSAGE, NONE, NextSync, SyncPoints
 from flowtrain.training.scopes import CLOSED, OPEN, Scopes
+from flowtrain.training.sync import StepCalls, Update
 
 __all__ = ["BatchSync"]
 
@@ -50,7 +51,7 @@ _BATCH_END, _BACKWARD_END = BatchEnd(), BackwardEnd()
 
 
 class BatchSync:
-    """Synchronises the batches of one learner with those of the other ranks.
+    """Synchronises the batches of one learner with those of the other ranks: a `Sync`.
 
     Args:
         points: The sync points.
@@ -60,6 +61,8 @@ class BatchSync:
         scopes: The open scopes.
         dispatch: Fires events.
     """
+
+    alone = False
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class BatchSync:
         self._points.begin(GRADIENTS if self.uses_replica(phase) else MESSAGE)
 
     def around(self, phase: Phase, step: Callable[[Any], None]) -> Callable[[Any], None]:
-        """Return the step of a user's phase with a sync point at its end, if it has opened no batch that has one."""
+        """See `Sync.around`: there is a sync point at the end of a step that has opened no batch, which has one."""
         if isinstance(phase, AbstractValidationPhase):
             return step
 
@@ -115,44 +118,49 @@ class BatchSync:
 
         return run
 
-    def begin(self, phase: AbstractTrainingPhase) -> Callable[..., Any]:
-        """Begin a batch of a bundled step, and return the function by which it runs the model."""
+    def begin(self, phase: AbstractTrainingPhase, update: Update) -> StepCalls:
+        """See `Sync.begin`."""
         points, replica = self._points, self._replica
         self.open_batch(phase)
         self._dispatch.met.clear()
         self._counted = False
         if not self.uses_replica(phase):
-            return self._core.model
+            return self._core.model, self._core.backward, partial(self._update_and_agree, update)
         if self._changes_training():
             replica.prepare()
         replica.set_gradient_sync(self._core.groups.fills)
         if not replica.has_sync_point:
             points.expect(self._question(phase, in_group=True))
-        return replica.model
+        return replica.model, partial(self._backward, phase), partial(self._update, update)
 
-    def begin_own(self) -> None:
-        """Begin a batch of a user's step, which calls `agree` at its end."""
-        self._points.begin(MESSAGE)
-
-    def backward(self, phase: AbstractTrainingPhase, loss: torch.Tensor) -> None:
-        """Run the backward pass of a bundled step, with the sync point of the batch if there is one in it."""
+    def _backward(self, phase: Phase, loss: torch.Tensor) -> None:
+        """Run the backward pass, with the sync point of the batch if there is one in it."""
         points, replica = self._points, self._replica
-        if not self.uses_replica(phase):
-            self._core.backward(loss)
-            return
         sums = self._core.backward_on_ranks(loss, points.flags())
         if replica.has_sync_point:
             points.passed(sums)
             points.expect(self._question(phase, in_group=not replica.syncs_gradients))
 
-    def after_backward(self, phase: AbstractTrainingPhase) -> None:
-        """Agree on a batch that only accumulates gradients, if a callback may have cancelled it."""
+    def _update(self, update: Update, phase: Phase) -> None:
+        """Update if a group is due; before, agree on a batch that only accumulates if a callback may have cancelled."""
         if self._points.next and self._in_group(phase):
             self.agree()
+        self._counted = True
+        update(phase)
 
-    def end(self, phase: AbstractTrainingPhase) -> None:
-        """Agree on a batch of a bundled step whose gradients do not travel in the backward pass, before its end."""
-        if not self.uses_replica(phase):
+    def _update_and_agree(self, update: Update, phase: Phase) -> None:
+        """Update if a group is due, and then agree on a batch whose gradients do not travel in the backward pass."""
+        update(phase)
+        self.agree()
+
+    def begin_own(self, phase: Phase) -> None:
+        """See `Sync.begin_own`."""
+        if not isinstance(phase, AbstractValidationPhase):
+            self._points.begin(MESSAGE)
+
+    def end_own(self, phase: Phase) -> None:
+        """See `Sync.end_own`."""
+        if not isinstance(phase, AbstractValidationPhase):
             self.agree()
 
     def agree(self, failure: BaseException | None = None) -> None:
@@ -167,20 +175,19 @@ class BatchSync:
 
     # --- an update
 
-    def count(self) -> None:
-        """Note that the accumulation group counts this batch."""
-        self._counted = True
+    def updating(
+        self, phase: Phase, names: list[str], on: StepRunners, *, in_batch: bool
+    ) -> tuple[Runner | None, Runner | None]:
+        """See `Sync.updating`. DDP has agreed and averaged in its backward pass."""
+        if not (self.uses_replica(phase) and in_batch):
+            following = self._points.next
+            self.agree()
+            self._core.average(names)
+            self._points.expect(following)
+        end = on.update_end
+        return partial(self._begin_update, on.update_begin), None if end is None else partial(self._end_update, end)
 
-    def average(self, phase: Phase, names: list[str], *, in_batch: bool) -> None:
-        """Agree that all ranks make an update, and average its gradients; DDP has done both in its backward pass."""
-        if self.uses_replica(phase) and in_batch:
-            return
-        following = self._points.next
-        self.agree()
-        self._core.average(names)
-        self._points.expect(following)
-
-    def begin_update(self, event: UpdateBegin, phase: Phase, runner: Runner | None) -> None:
+    def _begin_update(self, runner: Runner | None, event: Event, phase: Phase) -> None:
         """Fire `UpdateBegin`, and let all ranks decide whether the update is made, before any rank makes it."""
         decides, following = self._decides(phase), NONE if self.uses_replica(phase) else self._points.next
         failure: BaseException | None = None
@@ -195,23 +202,19 @@ class BatchSync:
             self.agree(failure)
             self._points.expect(following)
 
-    def end_update(self, event: UpdateEnd, phase: Phase, runner: Runner) -> None:
+    def _end_update(self, runner: Runner, event: Event, phase: Phase) -> None:
         """Fire `UpdateEnd`. A cancel takes effect in the next batch: all ranks have agreed to complete this one."""
         try:
             runner(event, phase)
         except CancelException as cancel:
-            if not (self.uses_replica(phase) and event.in_batch):
+            if not (self.uses_replica(phase) and isinstance(event, UpdateEnd) and event.in_batch):
                 raise
             self._scopes.locate(cancel, phase)
             if not isinstance(cancel, CancelBatchException):
                 self._points.late(cancel)
 
-    def refuse_update(self, phase: Phase) -> None:
-        """Refuse a step that calls its optimizer itself, with the gradients of this rank.
-
-        Raises:
-            RankError: Always.
-        """
+    def check_own_update(self, phase: Phase) -> None:
+        """See `Sync.check_own_update`."""
         raise RankError(
             f"{phase!r} fires UpdateEnd, as a step that calls its optimizer itself. On several ranks that update "
             f"would use the gradients of one rank, and the models would differ. Write learner.update(self), which "
@@ -281,13 +284,7 @@ class BatchSync:
         self._points.fail(failure)
 
     def leave(self, phase: Phase, failure: BaseException) -> BaseException:
-        """Leave the present batch for a failure of this rank, before it is cancelled here.
-
-        Before the sync point of the batch, all ranks are told of the failure there.
-
-        Returns:
-            The worst failure of all ranks.
-        """
+        """See `Sync.leave`. Before the sync point of the batch, all ranks are told of the failure there."""
         points, core, scopes = self._points, self._core, self._scopes
         if not points.known and self.uses_replica(phase):
             self._exchange_nothing(phase)
