@@ -386,6 +386,11 @@ def _rank(failure: BaseException) -> int:
     return 0 if isinstance(failure, Exception) else -1  # an interrupt goes before every error
 
 
+def _others(failure: BaseException) -> tuple[BaseException, ...]:
+    found: tuple[BaseException, ...] = getattr(failure, "others", ())
+    return found
+
+
 def merge(failures: Sequence[BaseException]) -> BaseException:
     """Choose the exception to raise among several, and attach the others to it.
 
@@ -395,15 +400,16 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
     Returns:
         The worst exception: errors go before cancels, `CancelFittingException` before `CancelEpochException` before
         `CancelBatchException`, and among equals the serial order decides. Its attribute ``others`` is a tuple of the
-        other exceptions, and its notes name each of them.
+        other exceptions, and of those that they carry from an earlier merge; its notes name each of them.
 
     >>> merge([CancelBatchException("skip"), ValueError("broken")])
     ValueError('broken')
     """
-    distinct = list({id(failure): failure for failure in failures}.values())  # one exception may come twice
+    # Each may carry others already, from the event in which it was first raised, and one exception may come twice.
+    carried = [each for failure in failures for each in (failure, *_others(failure))]
+    distinct = list({id(failure): failure for failure in carried}.values())
     worst, *others = sorted(distinct, key=_rank)
-    # The worst exception may carry others already, from the event in which it was first raised.
-    known: tuple[BaseException, ...] = getattr(worst, "others", ())
+    known = _others(worst)
     others = [other for other in others if all(other is not listed for listed in known)]
     if others:
         worst.others = (*known, *others)  # type: ignore[attr-defined]  # any exception may carry them

@@ -195,6 +195,19 @@ def test_later_failures_are_added_to_earlier_ones() -> None:
     assert others(first) == (skipped, late)
 
 
+@given(failures, failures, st.permutations([0, 1]))
+def test_what_a_lesser_failure_carries_is_kept(
+    first: list[Exception], second: list[Exception], order: list[int]
+) -> None:
+    """Rule 15: an error that was merged in a batch keeps its company when an error of the epoch is the worse one."""
+    merged = [merge(first), merge(second)]
+    worst = merge([merged[place] for place in order])
+    assert {id(each) for each in (worst, *others(worst))} == {id(each) for each in (*first, *second)}
+    assert len(others(worst)) == len(first) + len(second) - 1
+    noted = [note for note in worst.__notes__ if note.startswith("also raised: ")]
+    assert len(noted) == len(others(worst))
+
+
 def test_a_single_failure_stays_as_it_is() -> None:
     failure = ValueError("alone")
     assert merge([failure]) is failure

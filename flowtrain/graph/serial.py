@@ -9,7 +9,7 @@ from weakref import WeakSet
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import ExecutorError
+from flowtrain.errors import ExecutorError, raise_worst
 from flowtrain.graph.executor import EXECUTORS, Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan
@@ -141,6 +141,8 @@ def _finish(plan: Plan, view: Any, failure: BaseException, event: Event, phase: 
         except caught as raised:  # collected, so that the remaining handlers still run
             failures.append((planned, raised))
             failed |= 1 << position
+        except BaseException as interrupt:  # it ends the event at once, and takes what failed before with it
+            raise_worst([*(raised for _, raised in failures), interrupt])
     try:
         return failures
     finally:

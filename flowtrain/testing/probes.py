@@ -323,13 +323,8 @@ def catching(kind: type[BaseException]) -> Generator[list[BaseException]]:
 
 
 def messages(error: BaseException | None) -> list[str]:
-    """Return the texts of an exception and of the exceptions that are attached to it, at any depth."""
-    if error is None:
-        return []
-    found = [str(error)]
-    for other in getattr(error, "others", ()):
-        found += messages(other)
-    return found
+    """Return the texts of an exception and of the exceptions that are attached to it."""
+    return [] if error is None else [str(each) for each in (error, *getattr(error, "others", ()))]
 
 
 class Draws(Callback):

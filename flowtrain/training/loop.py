@@ -263,6 +263,8 @@ class Loop:
                     batches = self._begin_epoch(phase, loader)
                 self.together.epoch_begun(begun)
                 begun.raise_worst()
+                if most is not None:  # a fit that resumes may ask for fewer steps than the open epoch has already
+                    most = max(most, scopes.batch_number)
                 known = length(loader)
                 announced = known is not None or isinstance(loader, Stream)
                 self._run(phase, batches, shortest(known, most), most, announced=announced)

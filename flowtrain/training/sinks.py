@@ -204,6 +204,7 @@ class Sinks:
                 atexit.unregister(self._abandon)
 
     def _begin(self, backend: LoggerBackend, run: Run) -> None:
+        self._opened.process = os.getpid()  # another one than made the learner, if that was forked since
         self._open[backend.sink] = self._used[backend.sink]
         _leases[id(backend)] = weakref.ref(self.lease)
         backend.open(run)

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -40,6 +41,7 @@ from flowtrain.graph.registry import Callbacks
 from flowtrain.logging import JsonlBackend
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite, tiny_batches, tiny_learner
+from flowtrain.testing.probes import messages
 from flowtrain_dask import DaskExecutor, Parallel
 from flowtrain_dask.parallel.task_graph import compile_plan
 from flowtrain_dask.route import Route, assign_strands, why_serial
@@ -49,6 +51,9 @@ from tests.support.handlers import TIMEOUT, A, B, C, Does, nothing, own_threads
 class Draws(Does):
     def state_access(self) -> Access:
         return {"resource.rng": Write()}
+
+
+PARALLEL: list[Parallel] = ["never", "auto", "always"]
 
 
 @pytest.fixture
@@ -108,6 +113,34 @@ def test_what_depends_on_a_failure_runs_at_the_end_of_a_fit_only(
     runner_of(executor, site, event, A(fail), B(note("B"), (A,)), C(note("C"), (A,)))()
     assert sorted(noted) == ran
     assert [name for name, _ in site.failures] == ["A"]
+
+
+@pytest.mark.parametrize(
+    "made", [SerialExecutor, *(partial(DaskExecutor, workers=2, parallel=each) for each in PARALLEL)]
+)
+def test_an_interrupt_keeps_the_errors_before_it(made: Callable[[], Executor]) -> None:
+    """Rule 15: an interrupt ends the event, and is raised with the errors of the handlers that failed before it."""
+    failed = threading.Event()
+
+    def fail(learner: LearnerView) -> None:
+        try:
+            raise ValueError("before")
+        finally:
+            failed.set()
+
+    def interrupt(learner: LearnerView) -> None:
+        assert failed.wait(TIMEOUT)
+        raise KeyboardInterrupt("late")
+
+    executor = made()
+    run = runner_of(executor, TinySite(), BatchEnd(), A(fail), B(interrupt))
+    for _ in range(3):  # under "auto" the first events run inline, and the later ones race
+        failed.clear()
+        with pytest.raises(KeyboardInterrupt, match="late") as caught:
+            run()
+        assert messages(caught.value) == ["late", "before"]
+        assert "also raised: ValueError: before" in caught.value.__notes__
+    executor.close()
 
 
 # --- what a handler sees, rule 14

@@ -551,7 +551,7 @@ def test_catching_gives_the_exception_that_came_and_lets_others_through() -> Non
 
 def test_the_messages_of_an_exception_are_those_of_all_that_is_attached_too() -> None:
     a, b, c, d = (ValueError(letter) for letter in "abcd")
-    vars(a)["others"] = [b, d]
+    vars(a)["others"] = [b, c, d]
     vars(b)["others"] = [c]
     assert messages(a) == ["a", "b", "c", "d"]
     assert messages(None) == []

@@ -191,6 +191,10 @@ class Job:
     executor: str
     case: str
 
+    def say(self, text: str) -> None:
+        """Print a line about this job, in one piece: several processes print into one file."""
+        os.write(1, f"{self}: {text}\n".encode())
+
     def run(self) -> None:
         """Interrupt and resume the case; print this job and how it ended."""
         case, options = CASES[self.case], {"start": self.start, "executor": self.executor}
@@ -202,14 +206,14 @@ class Job:
             except KeyboardInterrupt as interrupt:
                 text = str(interrupt)
             if text != f"training was interrupted by {self.number.name}":
-                print(f"{self}: {text}", flush=True)
+                self.say(text)
             latest = (folder / "latest").read_text().strip() if (folder / "latest").exists() else "nothing"
             if latest != "interrupted.ckpt":
-                print(f"{self}: the latest checkpoint is {latest}", flush=True)
+                self.say(f"the latest checkpoint is {latest}")
                 return
             found = train(case, self.number, folder, interrupt=False, resume=folder, **options)
             wanted = whole(*way_of(case))
-            print(f"{self}: {'equal' if found == wanted else f'{found} is not {wanted}'}", flush=True)
+            self.say("equal" if found == wanted else f"{found} is not {wanted}")
 
 
 AGAIN = ["within a batch", "waiting for a batch"]  # in a process that was interrupted before

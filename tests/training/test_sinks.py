@@ -223,6 +223,36 @@ def test_an_interrupt_leaves_no_backend_open_that_closing_the_sinks_does_not_clo
         sinks.close()
 
 
+TRAINED_IN_A_CHILD = """
+import os, sys
+from flowtrain.callbacks import LogMetrics
+from flowtrain.logging import JsonlBackend
+from flowtrain.testing import tiny_learner
+
+class Told(JsonlBackend):
+    def ended(self, outcome):
+        print("ended", outcome, flush=True)
+
+    def close(self):
+        super().close()
+        print("closed", flush=True)
+
+learner = tiny_learner(LogMetrics(Told(sys.argv[1])), n_batches=1)
+child = os.fork()
+if not child:
+    learner.fit(1)
+else:
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_the_process_that_trains_closes_the_backends_that_it_opened(tmp_path: Path, programs: Programs) -> None:
+    """A learner is made, its process forks, and the child trains and ends without closing the learner."""
+    done = programs.run(TRAINED_IN_A_CHILD, str(tmp_path / "log.jsonl"))
+    assert done.stdout.split()[-3:] == ["ended", "finished", "closed"], done.stderr
+
+
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")  # torchrun sets this
     learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log")))

@@ -28,7 +28,7 @@ from typing import TypeAlias
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import ExecutorError
+from flowtrain.errors import ExecutorError, raise_worst
 from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.plan import Plan, PlannedHandler
 from flowtrain_dask.parallel.strands import Strands
@@ -151,17 +151,21 @@ class Firing:
         while self._running:
             self._wakes[0].wait(_LOOK)
 
-    def finish(self) -> Failures:
-        """Return the failures in serial order, or raise the interrupt that a handler raised."""
-        interrupt, self._interrupt = self._interrupt, None
-        if interrupt is not None:
-            try:
-                raise interrupt
-            finally:
-                del interrupt  # its frames hold this firing
-        found = [(self._plan.handlers[position], failure) for position, failure in sorted(self.failures, key=_position)]
+    def finish(self, interrupt: BaseException | None = None) -> Failures:
+        """Return the failures in serial order; if there is an interrupt, raise it with the failures noted on it.
+
+        Args:
+            interrupt: An interrupt of the training thread between two handlers. That of a handler is known.
+        """
+        interrupt, self._interrupt = interrupt or self._interrupt, None
+        failures = sorted(self.failures, key=_position)
         self.failures.clear()  # the frames of an exception hold this firing
-        return found
+        try:
+            if interrupt is not None:
+                raise_worst([*(failure for _, failure in failures), interrupt])
+            return [(self._plan.handlers[position], failure) for position, failure in failures]
+        finally:
+            del interrupt, failures
 
     def _wake_all(self) -> None:
         for wake in self._wakes:
@@ -224,11 +228,11 @@ class StrandPool:
             firing.work(0)
             firing.join()
             self._firing = None
-        except BaseException:  # an interrupt of the training thread
+        except BaseException as interrupt:  # of the training thread
             firing.stop()
             firing.join_running()
             self._firing = None
-            raise
+            firing.finish(interrupt)
         finally:
             self.busy = False
         return firing.finish()
@@ -316,6 +320,9 @@ class TimedPlan:
 
         Returns:
             The seconds of each handler that ran, and the failures in serial order.
+
+        Raises:
+            BaseException: A handler raised an interrupt. The failures before it are noted on it.
         """
         plan, clock, processor = self.plan, self._clock, self._processor
         times: list[float] = []
@@ -332,6 +339,8 @@ class TimedPlan:
             except Exception as failure:  # a handler may raise anything; `settle` raises for all failures together
                 failures.append((planned, failure))
                 lost |= 1 << position
+            except BaseException as interrupt:
+                raise_worst([*(failure for _, failure in failures), interrupt])
             now, computed_now = clock(), processor()
             times.append(now - before)
             computed.append(computed_now - computed_before)

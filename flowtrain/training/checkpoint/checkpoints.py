@@ -164,15 +164,13 @@ class Checkpoints:
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
         failures = Failures()
         for request in [request.decided(finite) for request in requests]:
-            try:
+            with failures:  # raised below, after the other checkpoints are taken
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
                 own = partial(self._gather, request.judged)
                 gathered = self._parts.gather(own) if self._again is None else put_together(self._again)
                 run = {**gathered["run"], "folder": real_path(place(request.path).parent)}
                 self._parts.write(self.writer, {**gathered, "finite": finite, "run": run}, request)
-            except CheckpointError as failure:  # raised below, after the other checkpoints are taken
-                failures.add(failure)
         failures.raise_worst()
 
     def _is_finite(self) -> bool:

@@ -348,6 +348,8 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
             there |= {option: here[option] for option in IMPLEMENTATION if option in here}
         optimizer.load_state_dict(_spread_state(saved, optimizer))
     core.load_state_dict(contents["core"])
+    if core.groups.open:  # its gradients belong to the parameters that were replaced
+        core.discard()
     if contents["group"] is not None:
         core.groups.load_state_dict(contents["group"]["state"])
         params = (param for module in core.modules for param in module.parameters())

@@ -194,7 +194,10 @@ class Writer:
                 write_whole(beside, lambda file: _save_name(path.name, file), self.reached, pointer)
         else:
             self._mailbox.put(partial(_warn, path))  # on the training thread, where the user's filters apply
-        _remove(path.parent, request.remove)
+        try:
+            _remove(path.parent, request.remove)
+        except OSError as error:  # the new checkpoint is complete, so nothing is lost
+            self._mailbox.put(partial(_warn_left, path.parent, request.remove, error))
         self.reached("removed")
 
 
@@ -266,6 +269,15 @@ def _remove(folder: Place, names: tuple[str, ...]) -> None:
             (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
             if isinstance(folder, Path):
                 remove_shards(folder / name)
+
+
+def _warn_left(folder: Place, names: tuple[str, ...], error: OSError) -> None:
+    warnings.warn(
+        f"Of the older checkpoints {', '.join(names)} in {folder} at least one could not be removed: {error}. "
+        f"All newer ones are complete. Remove it by hand, and let this process delete files in that folder.",
+        RuntimeWarning,
+        stacklevel=5,
+    )
 
 
 def _latest(folder: Place) -> str:

@@ -77,8 +77,9 @@ class Position:
         return resuming and self.phase == repr(phase)
 
     def begin_epoch(self, phase: Phase) -> None:
-        """Note that an epoch of `phase` begins with its first batch."""
-        self.phase, self.begun, self.batches = repr(phase), None, 0
+        """Note that an epoch of `phase` begins with its first batch; outside of a fit there is no position to note."""
+        if self.unit:
+            self.phase, self.begun, self.batches = repr(phase), None, 0
 
     def undo_begin(self, data: PhaseMap[Any], batches: int, passes: dict[Phase, int]) -> None:
         """Restore the generators to the beginning of the open pass, if its loader has failed before its first batch.
@@ -105,8 +106,9 @@ class Position:
 
     def end_epoch(self, batches: int) -> None:
         """Note that the epoch has ended after `batches` batches: after its last one, or by a cancel of the epoch."""
-        if self.unit:
-            self.done.append(self.phase)
+        if not self.unit:
+            return
+        self.done.append(self.phase)
         if self.phase == self._stepping:
             self.steps += batches or self._least
             if self.stream is not None and self._ahead(batches):
@@ -137,7 +139,7 @@ class Position:
             "done": list(self.done),
             "phase": self.phase,
             "batches": batches if self.phase else 0,
-            "begun": self.begun,
+            "begun": self.begun if self.phase else None,
             "stream": None if self.stream is None else self.stream.state_dict(self._ahead(batches)),
         }
 

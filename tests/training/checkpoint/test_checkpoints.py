@@ -246,6 +246,57 @@ def test_a_request_in_a_batch_outside_of_an_epoch_is_taken_after_it(tmp_path: Pa
     assert "learner.load(path)" in str(c.value)
 
 
+@pytest.mark.parametrize("run", ["epoch", "validate", "evaluate"])
+def test_a_request_in_an_epoch_outside_of_a_fit_can_be_loaded(run: str, tmp_path: Path) -> None:
+    phase = TrainingPhase if run == "epoch" else ValidationPhase
+    learner = tiny_learner(Ask(tmp_path / "one.ckpt", BatchEnd, phase, 2))
+    arguments = {"epoch": (TrainingPhase, tiny_batches()), "validate": (), "evaluate": (tiny_batches(),)}[run]
+    getattr(learner, run)(*arguments)
+    learner.flush()
+    position = torch.load(tmp_path / "one.ckpt", weights_only=True)["position"]
+    assert (position["unit"], position["phase"], position["batches"], position["steps"]) == ("", "", 0, 0)
+    other = tiny_learner()
+    other.load(tmp_path / "one.ckpt")
+    with pytest.raises(CheckpointError, match="in no fit, so no fit can resume from it"):
+        other.fit(1, resume=tmp_path / "one.ckpt")
+
+
+@pytest.mark.parametrize("validate_every", [None, 4, 10])
+def test_a_fit_resumes_that_asks_for_fewer_steps_than_it_has(validate_every: int | None, tmp_path: Path) -> None:
+    """The open epoch ends where the checkpoint was taken, as a fit ends whose number of epochs is reached."""
+    first = learner_of(Leave(tmp_path / "one.ckpt", CancelFittingException("enough"), number=7))
+    first.fit(steps=20, validate_every=10)
+    resumed = learner_of(seed=99)
+    resumed.fit(steps=5, validate_every=validate_every, resume=tmp_path / "one.ckpt")
+    assert resumed.cbstate.history[TrainingPhase].steps == 6  # the seventh batch was cancelled
+    assert resumed.cbstate.history[TrainingPhase].epochs == resumed.cbstate.history[ValidationPhase].epochs == 1
+    resumed.fit(steps=3)
+    assert resumed.cbstate.history[TrainingPhase].steps == 9
+
+
+def test_no_gradient_of_the_weights_before_survives_a_load(tmp_path: Path) -> None:
+    """An accumulation group that is open when a checkpoint is loaded ends: its gradients are of other weights."""
+    batches = tiny_batches(n_batches=3)
+
+    def learner_with(path: Path | None) -> Learner:
+        learner = tiny_learner(core=TorchCore(accumulate=2))
+        if path is not None:
+            learner.load(path)
+        return learner
+
+    asking = tiny_learner(Ask(tmp_path / "one.ckpt", BatchEnd, TrainingPhase, 2), core=TorchCore(accumulate=2))
+    asking.epoch(TrainingPhase, batches[:2])
+    asking.flush()
+    fresh, used = learner_with(tmp_path / "one.ckpt"), learner_with(None)
+    used.step(TrainingPhase, batches[0])
+    used.load(tmp_path / "one.ckpt")
+    for batch in batches[1:]:
+        fresh.step(TrainingPhase, batch)
+        used.step(TrainingPhase, batch)
+    for name, param in fresh.params.items():
+        assert torch.equal(param, used.params[name])
+
+
 def test_a_path_is_a_path() -> None:
     class Wrong(Callback):
         @on(FitBegin)

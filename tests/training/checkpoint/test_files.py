@@ -257,6 +257,17 @@ def test_rule_28_only_what_is_finite_becomes_the_latest(good: bool, tmp_path: Pa
     assert not mailbox.calls
 
 
+def test_an_older_checkpoint_that_cannot_be_removed_is_no_failed_write(tmp_path: Path) -> None:
+    mailbox = Mailbox()
+    writer = Writer(mailbox)
+    (tmp_path / "old.ckpt").mkdir()  # a folder, so that removing the file fails
+    writer.submit(_contents(), CheckpointRequest(str(tmp_path / "new.ckpt"), remove=("old.ckpt",)))
+    writer.wait()
+    assert target(tmp_path, "latest") == "new.ckpt"
+    with pytest.warns(RuntimeWarning, match=r"Of the older checkpoints old\.ckpt in .* not be removed: .* by hand"):
+        mailbox.empty()
+
+
 def test_an_error_surfaces_at_the_next_batch_boundary(tmp_path: Path) -> None:
     batches: list[int] = []
 
