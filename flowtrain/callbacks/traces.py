@@ -91,7 +91,8 @@ class Traces(Callback):
             value = function(learner)
             if value is None:
                 continue
-            if not hasattr(value, "numel") and not is_a(value, Real):
+            number = getattr(value, "shape", None) == ()  # also a truth value of NumPy, which is no number for Python
+            if not hasattr(value, "numel") and not is_a(value, Real) and not number:
                 raise HandlerError(
                     f"The trace {name!r} returned {describe(value)}: return a number or a tensor, or None to record "
                     f"nothing."

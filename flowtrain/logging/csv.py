@@ -53,6 +53,7 @@ class CsvBackend(FileBackend):
         self._last: list[str] = []  # the cells of the last row
         self._start = 0  # the position in bytes at which the last row begins
         self._own = False  # whether the last row is of this run, so that cells may be added to it
+        self._kept = False  # whether the table has rows that must survive a power failure
 
     def encode(self, loggable: Loggable, name: str, step: int, group: Group) -> bytes:
         """Return the group, step, name and value as JSON."""
@@ -64,6 +65,7 @@ class CsvBackend(FileBackend):
         """Bring the file to the disk; return its columns, the number of its rows, and the cells of the last one."""
         if super().flush() is None:
             return None
+        self._kept = True
         return {"columns": list(self._columns), "rows": self._rows, "last": list(self._last), "own": self._own}
 
     def check(self, position: Any) -> None:
@@ -104,6 +106,7 @@ class CsvBackend(FileBackend):
         try:
             self._load()
             self._own = run.resumed or run.id == self._run
+            self._kept = self._rows > 0
             if not file.size:
                 file.append(_text([self._columns]))
         except BaseException:  # the backend does not have the file yet, so nothing else would close it
@@ -134,23 +137,37 @@ class CsvBackend(FileBackend):
         """Write the whole file again with these columns, and continue with the new file."""
         width = len(columns)
         data = _text([columns, *([*row[:width], *[""] * (width - len(row))] for row in rows)])
-        replace_file(self.path, data)
+        # Most columns come with the first rows. Before the first `flush` nothing must be on the disk, and a thousand
+        # columns would wait for the disk a thousand times.
+        replace_file(self.path, data, sync=self._kept)
         if self._file is not None:
-            self._file.close()
+            self._file.leave()
         self._file = AppendingFile(self.path, self._whole_rows)
         self._load()
         return self._file
 
     def _read(self) -> Iterator[list[str]]:
-        with open(self.path, newline="", encoding="utf-8") as file:
-            rows = csv.reader(file)
-            next(rows, None)
-            yield from rows
+        """Yield the rows of the file, without the names of the columns."""
+        return islice(self._table(), 1, None)
+
+    def _table(self) -> Iterator[list[str]]:
+        """Yield the columns, then the rows of the file.
+
+        Raises:
+            LoggingError: The file is gone, or is no table any more: another program has changed it.
+        """
+        try:
+            with open(self.path, newline="", encoding="utf-8") as file:
+                yield from csv.reader(file)
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise LoggingError(
+                f"{self.path} cannot be read as the table that CsvBackend has written: {error}. Another program has "
+                f"moved or changed it. Put it back, or log to another path."
+            ) from error
 
     def _load(self) -> None:
         """Read the columns, the number of rows and the last row of the file."""
-        with open(self.path, newline="", encoding="utf-8") as file:
-            table = list(csv.reader(file))
+        table = list(self._table())
         self._columns = table[0] if table else list(_FIXED)
         self._rows = max(len(table) - 1, 0)
         self._last = table[-1] if self._rows else []

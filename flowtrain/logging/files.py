@@ -147,7 +147,11 @@ class AppendingFile:
         try:
             self.sync()
         finally:
-            self._file.close()
+            self.leave()
+
+    def leave(self) -> None:
+        """Close the file, which another one has replaced, so that it need not be on the disk."""
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -156,8 +160,13 @@ class AppendingFile:
         self.close()
 
 
-def replace_file(path: str, data: bytes) -> None:
+def replace_file(path: str, data: bytes, *, sync: bool = True) -> None:
     """Write a whole file under another name and rename it, so that a file with this path is never incomplete.
+
+    Args:
+        path: The path.
+        data: The content.
+        sync: Whether to wait for the disk, so that this also holds after a power failure.
 
     Raises:
         LoggingError: The file cannot be written. An earlier file with this path is still there.
@@ -168,8 +177,9 @@ def replace_file(path: str, data: bytes) -> None:
         try:
             with open(beside, "wb") as file:
                 file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    file.flush()
+                    os.fsync(file.fileno())
             os.replace(beside, path)
         except BaseException:
             if os.path.exists(beside):

@@ -133,6 +133,8 @@ def checked_backends(owner: str, backends: Sequence[Any], kind: type[Loggable]) 
     for backend in backends:
         if not is_a(backend, LoggerBackend):
             made = f" Write {backend.__name__}(...)." if isinstance(backend, type) else ""
+            if isinstance(backend, (list, tuple)):
+                made = f" Pass the backends one by one: {owner}(*backends)."
             raise LoggingError(f"{owner} logs to {backend!r}, which is no LoggerBackend.{made or f' Write {example}.'}")
         if not any(issubclass(kind, taken) or issubclass(taken, kind) for taken in backend.accepts):
             taken = ", ".join(each.__name__ for each in backend.accepts)

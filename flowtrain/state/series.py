@@ -130,7 +130,8 @@ class Series(Container):
     def push(self, value: Any, step: int) -> None:
         """Append a value. A tensor with one element becomes a number; on an accelerator when it is first read.
 
-        A tensor with more elements is copied, so that a later change of it in place does not change the series.
+        A number of NumPy becomes one of Python, as it would in a checkpoint. A tensor with more elements is copied, so
+        that a later change of it in place does not change the series.
 
         Args:
             value: The value.
@@ -141,8 +142,11 @@ class Series(Container):
         """
         if type(step) is not int or not 0 <= step < _MOST:
             step = self._checked(step)
-        if type(value) is not float and isinstance(value, torch.Tensor):  # a float is the usual case, and quick to tell
-            if value.numel() != 1:
+        if type(value) is not float:  # a float is the usual case, and quick to tell
+            if not isinstance(value, torch.Tensor):
+                if getattr(value, "shape", None) == ():
+                    value = value.item()
+            elif value.numel() != 1:
                 value = value.detach().clone()
             elif value.is_cpu and not self._late:
                 value = value.item()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,6 +84,14 @@ def test_none_records_nothing_and_other_types_are_refused() -> None:
     assert str(caught.value).startswith(
         "The trace 'A' returned str 'x': return a number or a tensor, or None to record nothing."
     )
+
+
+@pytest.mark.parametrize(("value", "wanted"), [(np.bool_(1), True), (np.float32(0.5), 0.5), (np.array(2), 2)])
+def test_numbers_of_numpy_are_numbers(value: Any, wanted: Any) -> None:
+    learner = tiny_learner(Traces({"A": lambda learner: value}, TrainingPhase), n_batches=1)
+    learner.fit(1)
+    found = learner.cbstate.tracehistory[TrainingPhase]["A"].values
+    assert (found, type(found[0])) == ([wanted], type(wanted))
 
 
 def test_the_default_access_is_the_batch_and_nothing_else() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -150,3 +153,43 @@ def test_unfinished_files_of_a_killed_process_are_removed(tmp_path: Path) -> Non
     backend.open(Run("a"))
     backend.close()
     assert {*tmp_path.iterdir()} == {*kept, tmp_path / "values.csv"}
+
+
+def test_columns_that_come_before_the_first_flush_do_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A metric of a thousand classes has a thousand columns, which all come with the first row."""
+    waits: list[int] = []
+    monkeypatch.setattr("flowtrain.logging.files.os.fsync", waits.append)
+    backend = CsvBackend(tmp_path / "values.csv")
+    backend.open(Run("r"))
+    for number in range(50):
+        write(backend, f"F1.{number}", 1, 0.5)
+    assert waits == []
+    backend.flush()
+    assert len(waits) == 1
+    write(backend, "Loss", 1, 0.5)
+    assert len(waits) == 2  # from the flush on, the rows must survive a power failure while they are written again
+    backend.close()
+    assert (tmp_path / "values.csv").read_text("utf-8").count(",0.5") == 51
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda path: path.unlink(), r".*No such file"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"\xff,1,2\n"), r"'utf-8' codec can't decode byte"),
+        (lambda path: path.write_text("group,step," + "a" * 200_000 + "\n"), r"field larger than field limit"),
+    ],
+)
+def test_a_table_that_another_program_has_changed(change: Callable[[Path], Any], text: str, tmp_path: Path) -> None:
+    path = tmp_path / "values.csv"
+    backend = CsvBackend(path)
+    backend.open(Run("r"))
+    write(backend, "Loss", 1, 0.5)
+    change(path)
+    with pytest.raises(LoggingError) as raised:
+        write(backend, "Other", 1, 0.5)
+    backend.close()
+    written = "cannot be read as the table that CsvBackend has written"
+    assert re.match(rf"{path} {written}: {text}.* Another program has moved or changed it\. Put it", str(raised.value))

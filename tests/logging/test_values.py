@@ -136,6 +136,13 @@ def test_backends_are_checked_for_what_is_logged() -> None:
 STEP, EPOCH = ("Step", "TrainingPhase"), ("Epoch", "TrainingPhase")
 
 
+def test_backends_in_a_list_are_to_be_passed_one_by_one() -> None:
+    with pytest.raises(
+        LoggingError, match=r"which is no LoggerBackend\. Pass the backends one by one: LogMetrics\(\*ba"
+    ):
+        checked_backends("LogMetrics", [[JsonlBackend("log")]], Value)
+
+
 def test_only_series_that_have_grown_and_only_their_newest_entry() -> None:
     series, seen = SeriesMap("cbstate.metrics_step"), dict[str, int]()
     series.push("Loss", 0.5, 1)

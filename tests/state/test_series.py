@@ -373,3 +373,16 @@ def test_a_step_of_more_than_64_bits_is_refused_at_once(step: Any) -> None:
         "cbstate.mine: the step of push() has at most 64 bits, got 9223372036854775808. Number the batches."
     )
     assert packed(series) == ([2**63 - 1], [1.0])
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [(np.float64(0.5), 0.5), (np.float32(0.5), 0.5), (np.int64(3), 3), (np.bool_(1), True), (np.array(0.5), 0.5)],
+)
+def test_a_number_of_numpy_is_recorded_as_the_number_that_a_checkpoint_gives_back(given: Any, wanted: Any) -> None:
+    series = Series("cbstate.x")
+    series.push(given, 1)
+    found = series.values[0]
+    assert (found, type(found)) == (wanted, type(wanted))
+    packed = series.__packed__(Packer(), "cbstate.x")
+    assert isinstance(packed["steps"], torch.Tensor) == (type(wanted) is not bool)  # as quick as other numbers
