@@ -36,7 +36,8 @@ from flowtrain import BatchEnd, Callback, Learner, LearnerView, Phase, TrainingP
 from flowtrain.callbacks import LogHistograms, LogMetrics, Metrics
 from flowtrain.graph.executor import Executor
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Histogram, Run, Value, log
+from flowtrain.logging.backend import Histogram, Run, Value
+from flowtrain.logging.records import log
 from flowtrain_dask import DaskExecutor
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import Phase
@@ -26,7 +26,6 @@ from flowtrain.graph.serial import SerialExecutor
 from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks
-from flowtrain_dask.deferred.in_place import ConsumersOnly
 from flowtrain_dask.deferred.preparing import Defer, Options, check_choice
 from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
@@ -105,7 +104,6 @@ class DaskExecutor:
         self._pool = StrandPool(cores() if workers is None else workers)
         self._serial = SerialExecutor()
         self._site: Site | None = None
-        self._consumers: ConsumersOnly | None = None
         self._routes: dict[tuple[type[Event], type[Phase]], Route] = {}
 
     @property
@@ -127,10 +125,8 @@ class DaskExecutor:
         self._check_open()
         if self._site is not None and self._site is not site:
             raise ExecutorError("This DaskExecutor belongs to another learner. Give each learner its own.")
-        self._site, deferred = site, self._deferred
-        if self._consumers is None:
-            self._consumers = ConsumersOnly(site, lambda: deferred.placed_by_cost)
-            self._serial.bind(cast(Site, self._consumers))
+        self._site = site
+        self._serial.bind(site)
 
     def check(self, nodes: Sequence[Node], state: LearnerState) -> None:
         """Raise if the executor cannot run these callbacks; connect to the cluster if one of them is deferred to it.
@@ -157,7 +153,7 @@ class DaskExecutor:
             )
         placements = self._deferred.use(self._site)
         rewritten, shared = placements.rewrite(plan)
-        made = self._make_route(rewritten, cast(Site, self._consumers), placements.positions(plan))
+        made = self._make_route(rewritten, self._site, placements.positions(plan))
         route = replace(made, original=plan, shared=shared, settled=placements.are_settled(plan))
         self._routes[plan.event_type, plan.phase_type] = route
         return self._wrapped(route, route.runner)

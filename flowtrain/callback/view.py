@@ -73,11 +73,11 @@ class LearnerView:
         dropped if the current event raises.
 
         Raises:
-            UsageError: `event` is no event.
+            UsageError: `event` is no event, or the callback is deferrable.
         """
         if not is_a(event, Event):
             raise UsageError(f"fire() takes an event, got {event!r}. Write learner.fire(MyEvent()).")
-        self._state.fired.append((self._owner.callback, event))
+        self._ask("fire", self._state.fired, event)
 
     def request_checkpoint(
         self,
@@ -108,7 +108,8 @@ class LearnerView:
                 ``(best, remove)``, which replace the two arguments.
 
         Raises:
-            UsageError: `path` is no path, or names a file that is written beside the checkpoint.
+            UsageError: `path` is no path, or names a file that is written beside the checkpoint, or the callback is
+                deferrable.
         """
         if not is_a(path, (str, PathLike)):
             raise UsageError(
@@ -123,7 +124,7 @@ class LearnerView:
                 f"would overwrite the checkpoint. Choose another name, such as {str(file.with_name('mine.ckpt'))!r}."
             )
         request = CheckpointRequest(fspath(path), best, tuple(remove), weights, on_interrupt, judged, decide)
-        self._state.requests.append((self._owner.callback, request))
+        self._ask("request_checkpoint", self._state.requests, request)
 
     def request_weights(self, path: str | PathLike[str]) -> None:
         """Ask the loop to load the weights of a checkpoint into the model when this fit has ended.
@@ -136,14 +137,25 @@ class LearnerView:
             path: As for `Learner.load`: a checkpoint, a folder, or the file ``best`` of a folder.
 
         Raises:
-            UsageError: `path` is no path.
+            UsageError: `path` is no path, or the callback is deferrable.
         """
         if not is_a(path, (str, PathLike)):
             raise UsageError(
                 f"request_weights() takes the path of a checkpoint, got {path!r}. "
                 f'Write learner.request_weights("checkpoints/best").'
             )
-        self._state.requests.append((self._owner.callback, CheckpointRequest(fspath(path), loads=True)))
+        self._ask("request_weights", self._state.requests, CheckpointRequest(fspath(path), loads=True))
+
+    def _ask(self, method: str, queue: list[tuple[str, Any]], item: object) -> None:
+        """Put an event or a request into a queue of the loop, unless the callback is deferrable."""
+        owner = self._owner
+        # Refused in place too, so that a program does not depend on where the callback runs.
+        if owner.consumes:
+            raise UsageError(
+                f"{owner.callback} calls learner.{method}({item!r}), but it is deferrable: it may run after the event, "
+                f"perhaps in another process, when training has gone on. Set deferrable = False on the callback."
+            )
+        queue.append((owner.callback, item))
 
     def __repr__(self) -> str:
         return f"LearnerView of {self._owner.callback}"

@@ -24,7 +24,7 @@ from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationP
 from flowtrain.callback.view import POINTERS, LearnerView
 from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, Mode, check_monitor, direction, value_of_epoch, watched_phase
 from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, switch, whole_number
-from flowtrain.logging.backend import identity
+from flowtrain.logging.records import identity
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.training.checkpoint.files import point
 from flowtrain.training.checkpoint.reading import number_of, target

@@ -10,7 +10,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.logging.backend import LoggerBackend, Settings, Value, log
+from flowtrain.logging.backend import LoggerBackend, Settings, Value
+from flowtrain.logging.records import log
 from flowtrain.logging.values import checked_backends, settings
 
 __all__ = ["LogHyperParams"]

@@ -10,7 +10,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, EpochEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.logging.backend import LoggerBackend, Value, log
+from flowtrain.logging.backend import LoggerBackend, Value
+from flowtrain.logging.records import log
 from flowtrain.logging.values import checked_backends, loggable, newest
 
 __all__ = ["LogTraces"]

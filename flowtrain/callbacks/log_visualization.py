@@ -12,7 +12,8 @@ from flowtrain.callback.events import BatchEnd, EpochEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import LoggingError, is_a, is_type, whole_number
-from flowtrain.logging.backend import Loggable, LoggerBackend, log
+from flowtrain.logging.backend import Loggable, LoggerBackend
+from flowtrain.logging.records import log
 from flowtrain.logging.values import checked_backends
 from flowtrain.state.by_phase import epoch_of
 

@@ -16,7 +16,7 @@ from flowtrain.callback.events import BatchEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import CallbackError, UsageError, is_a, switch, whole_number
-from flowtrain.logging.backend import identity
+from flowtrain.logging.records import identity
 
 __all__ = ["Profiler"]
 

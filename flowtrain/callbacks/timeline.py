@@ -14,7 +14,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.diagnostics.trace_file import TraceWriter, join
 from flowtrain.errors import CallbackError, LoggingError, UsageError, is_a, whole_number
 from flowtrain.graph.clock import Clock, Mark
-from flowtrain.logging.backend import identity
+from flowtrain.logging.records import identity
 from flowtrain.state.device_values import watched_waits
 from flowtrain.training.checkpoint.reading import own_version
 from flowtrain.training.loop import Loop

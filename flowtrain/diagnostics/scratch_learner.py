@@ -26,7 +26,7 @@ from flowtrain.core.torch_core import TorchCore
 from flowtrain.data.loaders import CombinedLoader, LimitedLoader
 from flowtrain.errors import UsageError
 from flowtrain.graph.registry import Callbacks
-from flowtrain.logging.backend import Identity, collecting
+from flowtrain.logging.records import Identity, collecting
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.shards import is_sharded
@@ -86,7 +86,7 @@ def scratch_learner(
     """Give a learner for a trial run, which is closed after the context.
 
     A fit of it writes no record and no checkpoint: requests of handlers have no effect, and a callback that knows that
-    it runs in a trial (`flowtrain.logging.backend.identity`) leaves its files alone. It does not warn of data without a
+    it runs in a trial (`flowtrain.logging.records.identity`) leaves its files alone. It does not warn of data without a
     training phase.
 
     Args:

@@ -33,16 +33,17 @@ from flowtrain.callback.events import (
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.callback.view import NO_REQUEST, CheckpointRequest, LearnerView
-from flowtrain.errors import RankError, UsageError
+from flowtrain.errors import CancelException, DeferredCancelError, RankError, UsageError
 from flowtrain.graph.exchange import Exchange
 from flowtrain.graph.nodes import Edge, Node, Order
 from flowtrain.graph.shared_state import Peers, runs_here
+from flowtrain.logging.records import holding
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import Draws, own_numbers
 from flowtrain.state.views import bind_view
 
-__all__ = ["Call", "Failed", "Plan", "PlanKey", "PlannedHandler", "make_plan", "owner_of", "set_up"]
+__all__ = ["Call", "Failed", "Plan", "PlanKey", "PlannedHandler", "cancel_error", "make_plan", "owner_of", "set_up"]
 
 Call: TypeAlias = Callable[[Event, Phase, LearnerView], None]
 """A function of the event, the phase and the view of the handler."""
@@ -83,6 +84,16 @@ class PlannedHandler:
     def label(self) -> str:
         """The names of the callback and of the handler, as ``"Printer.show"``."""
         return f"{self.node.name}.{self.handler.attribute}"
+
+    def failure(self, raised: BaseException, event: Event, phase: Phase) -> BaseException:
+        """Return the failure of the handler that raised something: an error if a deferrable callback raised a cancel.
+
+        In its lane the callback could not end a batch, so it cannot in place either.
+        """
+        if isinstance(raised, CancelException) and self.callback.deferrable:
+            where = f"({type(event).__name__}, {phase!r})"
+            return cancel_error(raised, self.label, type(self.callback).__name__, where)
+        return raised
 
     def with_call(self, call: Call) -> PlannedHandler:
         """Return this handler with another function to call, under the same conditions."""
@@ -217,6 +228,18 @@ def make_plan(
     )
 
 
+def cancel_error(cancel: CancelException, label: str, type_name: str, where: str) -> DeferredCancelError:
+    """Return the error for a cancel that a handler of a deferrable callback raised, in its lane or in place."""
+    error = DeferredCancelError(
+        f"{label} raised {type(cancel).__name__}({str(cancel)!r}) at {where}, but it is deferrable: in its lane it "
+        f"runs when training has gone on, and there is no {cancel.scope or 'scope'} left to end. Set deferrable = "
+        f"False in {type_name}."
+    )
+    # The cause is set by hand, because the exception is raised later, on the training thread.
+    error.__cause__ = cancel
+    return error
+
+
 def set_up(node: Node, view: LearnerView, state: LearnerState) -> None:
     """Call `Callback.setup`; for a deferrable callback the generators are seeded, as they are for its handlers."""
     if not draws_own(node.callback):
@@ -250,24 +273,25 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
 def _consuming(call: Call, node: Node, draws: Draws) -> Call:
     """Return the call of a deferrable handler that runs in place, with the results that it would have on a lane.
 
-    There it would record no gradients, and draw from generators that are seeded for it. The handlers of a quiet
-    callback do neither, so they are called directly: most bundled loggers are quiet and run at every batch.
+    There it would record no gradients, draw from generators that are seeded for it, and log to no backend but its own.
+    The handlers of a quiet callback do only the last, so they are called directly: most bundled loggers are quiet and
+    run at every batch.
     """
-    name = node.name
+    name, backends = node.name, node.backends
     if is_quiet(node.callback):
         return call
     if not draws_own(node.callback):
 
         def consume(event: Event, phase: Phase, view: LearnerView) -> None:
             """Call the handler without recording gradients."""
-            with torch.no_grad():
+            with torch.no_grad(), holding(backends):
                 call(event, phase, view)
 
         return consume
 
     def draw(event: Event, phase: Phase, view: LearnerView) -> None:
         """Call the handler without recording gradients, with generators that are seeded for it."""
-        with torch.no_grad(), own_numbers(draws.next(name)):
+        with torch.no_grad(), holding(backends), own_numbers(draws.next(name)):
             call(event, phase, view)
 
     return draw

@@ -13,8 +13,8 @@ backend                   sink                                    needs         
 The loggables are `Value`, `Image`, `Text`, `Histogram`, `Figure`, `File` and `Settings`. A user's backend is a subclass
 of `LoggerBackend`, and `flowtrain.testing.BackendContract` tests it.
 
-`backend` has the loggables, the base class of backends, and the way of a record to its backend; `jsonl`, `csv`,
-`tensorboard`, `mlflow` and `wandb` each have one backend. These share `files` (records appended to a file, or a file
+`backend` has the loggables and the base class of backends, and `records` the way of a record to its backend; `jsonl`,
+`csv`, `tensorboard`, `mlflow` and `wandb` each have one backend. These share `files` (records appended to a file, or a file
 that is replaced), `values` (plain values of what users log), `names` (the names that a tracker takes), `pictures`
 (images and figures as PNG) and `distribution` (the bins of a histogram). `extras` imports an optional package at its
 first use.
@@ -34,12 +34,11 @@ from flowtrain.logging.backend import (
     Settings,
     Text,
     Value,
-    identity,
-    log,
 )
 from flowtrain.logging.csv import CsvBackend
 from flowtrain.logging.jsonl import JsonlBackend
 from flowtrain.logging.mlflow import MLflowBackend
+from flowtrain.logging.records import identity, log
 from flowtrain.logging.tensorboard import TensorBoardBackend
 from flowtrain.logging.wandb import WandbBackend
 

@@ -60,7 +60,8 @@ class Owner:
         decorator: The source of the handler's decorator up to the access; empty for ``state_access``.
         passed: The declaration that the user passed to the callback as ``access=``, if there is one.
         consumes: Whether the view is for a handler of a deferrable callback, which sees detached tensors even where it
-            runs in place.
+            runs in place, and asks the loop for nothing.
+        copied: Whether the view shows copies, which need not be detached.
         remedy: What the user changes where a declared path does not exist; empty for a change of the declaration.
         exchanged: While the handler runs, the values of all ranks by the paths that it declares with ``reduce=`` or
             ``gather=``; ``None`` in one process, and in `Callback.setup`.
@@ -73,6 +74,7 @@ class Owner:
     decorator: str = ""
     passed: Declaration | None = None
     consumes: bool = False
+    copied: bool = False
     remedy: str = ""
     exchanged: dict[Path, Any] | None = field(default=None, compare=False)
 
@@ -105,9 +107,14 @@ class Owner:
 
     def shown(self, value: Any, path: Path) -> Any:
         """Return a value as a handler sees it that declares to read the path: read-only, and detached if deferrable."""
-        if self.consumes and not (path[0] == "params" and self.keeps_params):
+        if self.detaches and not (path[0] == "params" and self.keeps_params):
             value = detached(value)
         return readonly(value, dotted(path))
+
+    @property
+    def detaches(self) -> bool:
+        """Whether the view detaches what it shows."""
+        return self.consumes and not self.copied
 
     @property
     def gathered(self) -> list[Path]:

@@ -111,13 +111,15 @@ class CompiledView:
 
 
 @lru_cache(maxsize=4096)
-def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledView:
+def compile_view(declaration: Declaration, consumes: bool = False, copied: bool = False) -> CompiledView:
     """Return the view class for a declaration; equal declarations share it.
 
     Args:
         declaration: The declaration.
         consumes: Whether the view is for handlers of a deferrable callback, which see detached tensors.
+        copied: Whether the view shows copies, which are detached already.
     """
+    detaches = consumes and not copied
     namespaces: dict[str, type[Namespace]] = {}
     trees: dict[str, Tree] = {}
     whole: dict[str, Read | Write] = {}
@@ -127,15 +129,15 @@ def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledVi
         if isinstance(covering, (Read, Write)):
             whole[root] = covering
         if root in NAMESPACES:
-            namespaces[root] = compile_namespace(root, inside if isinstance(inside, dict) else {}, consumes)
+            namespaces[root] = compile_namespace(root, inside if isinstance(inside, dict) else {}, detaches)
         elif isinstance(inside, dict) and not isinstance(covering, (Read, Write)):
             if root != "resource":  # a resource has no value that a view could show
                 trees[root] = inside
         elif root == "data" and isinstance(covering, Read):
             members[root] = property(lambda view: view._state.data.__twin__())
         elif root == "params" and isinstance(covering, Read) and covering.gather:
-            members[root] = property(_of_all_ranks(_params if consumes else _own_params, ("params",), covering))
-        elif root == "params" and consumes:
+            members[root] = property(_of_all_ranks(_params if detaches else _own_params, ("params",), covering))
+        elif root == "params" and detaches:
             members[root] = property(_params)
         else:
             members[root] = property(attrgetter(f"_state.{root}"))
@@ -146,7 +148,7 @@ def compile_view(declaration: Declaration, consumes: bool = False) -> CompiledVi
 
 
 def _no_updates(view: LearnerView) -> NoReturn:
-    """Refuse the number of updates to a deferrable callback, also where its handlers run in place."""
+    """Refuse the number of updates to a deferrable callback, in place and in its lane."""
     raise UsageError(
         f"{view._owner.callback} is deferrable and reads learner.updates: training may be ahead of its handlers. "
         f'Declare {{"cbstate.history": Read()}} and read those of a phase: learner.cbstate.history[phase].updates.'
@@ -169,7 +171,7 @@ def bind_view(declaration: Declaration, state: LearnerState, owner: Owner) -> Le
         state: The state of the learner, or a snapshot of it.
         owner: The callback that the view belongs to, which refusals name.
     """
-    compiled = compile_view(declaration, owner.consumes)
+    compiled = compile_view(declaration, owner.consumes, owner.copied)
     view = compiled.view_class()
     assign = object.__setattr__  # the view refuses assignments
     assign(view, "_state", state)
@@ -225,8 +227,8 @@ class Namespace:
             self._owner.refuse("Read", path)
         try:
             # For a deferrable callback `shown` detaches the entry itself, before it makes a twin.
-            consumes = self._owner.consumes
-            value = getattr(self._source(writing=consumes or isinstance(access, Write)), name)
+            detaches = self._owner.detaches
+            value = getattr(self._source(writing=detaches or isinstance(access, Write)), name)
             return value if isinstance(access, Write) else self._owner.shown(value, path)
         except MissingStateError as error:
             if isinstance(access, Read) and access.optional:
@@ -352,13 +354,13 @@ def _of_all_ranks(get: Callable[[Any], Any], path: Path, access: Read) -> Callab
     return show
 
 
-def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[Namespace]:
+def compile_namespace(root: str, inside: Tree, detaches: bool = False) -> type[Namespace]:
     """Make the class for a namespace: a C getter for each declared entry, and a slot for each `Part`.
 
     Args:
         root: The name of the namespace.
         inside: The declarations in it.
-        consumes: Whether the view is for handlers of a deferrable callback, which see detached tensors.
+        detaches: Whether the view detaches tensors, for handlers of a deferrable callback.
     """
     read, write = ("_twins", "_live") if root in _STABLE else ("_state.batch_twin", "_state.batch")
     trees: dict[str, Tree] = {}
@@ -373,7 +375,7 @@ def compile_namespace(root: str, inside: Tree, consumes: bool = False) -> type[N
             # All batches share one object for the gradients, which has its own twin.
             twin = ".twin" if (root, name) == ("batch", "grads") and isinstance(covering, Read) else ""
             get: Callable[[Any], Any] = attrgetter(f"{write if isinstance(covering, Write) else read}.{name}{twin}")
-            if consumes and root != "optimizer" and not isinstance(covering, Write):
+            if detaches and root != "optimizer" and not isinstance(covering, Write):
                 get = _detached_getter(f"{root}.{name}", read, write, name)
             if isinstance(covering, Read) and collective(covering):
                 get = _of_all_ranks(get, (root, name), covering)

@@ -34,7 +34,6 @@ from flowtrain.logging.backend import (
     File,
     Group,
     Histogram,
-    Identity,
     Image,
     Loggable,
     LoggerBackend,
@@ -42,10 +41,8 @@ from flowtrain.logging.backend import (
     Settings,
     Text,
     Value,
-    collecting,
-    deliver,
-    log,
 )
+from flowtrain.logging.records import Identity, collecting, deliver, log
 from flowtrain.testing.probes import catching
 
 __all__ = ["BackendContract", "Entries", "samples"]

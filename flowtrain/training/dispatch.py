@@ -414,9 +414,10 @@ class Dispatch:
 
     def _effective(self, event: Event, phase: Phase, failures: Sequence[Failed]) -> Failures:
         """Note on each failure where it was raised, and return the failures that have an effect now."""
-        for planned, failure in failures:
+        found = [(planned, planned.failure(raised, event, phase)) for planned, raised in failures]
+        for planned, failure in found:
             self._scopes.note(failure, planned, event, phase)
-        return Failures(*[failure for _, failure in failures if self._scopes.has_effect(failure)])
+        return Failures(*[failure for _, failure in found if self._scopes.has_effect(failure)])
 
 
 def _request(handlers: Sequence[PlannedHandler], event: Event, phase: Phase) -> None:

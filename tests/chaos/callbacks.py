@@ -25,7 +25,8 @@ from flowtrain import (
 from flowtrain.callback.conditions import Every
 from flowtrain.callback.phases import TrainingPhase
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Text, Value, log
+from flowtrain.logging.backend import Text, Value
+from flowtrain.logging.records import log
 
 __all__ = ["Chain", "Enough", "Hang", "Losses", "Pace", "Paint"]
 

@@ -30,7 +30,8 @@ from flowtrain.callbacks import (
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.serial import SerialExecutor
 from flowtrain.logging import CsvBackend, JsonlBackend, TensorBoardBackend, identity
-from flowtrain.logging.backend import Value, log
+from flowtrain.logging.backend import Value
+from flowtrain.logging.records import log
 from flowtrain.metrics import accuracy
 from flowtrain_dask import DaskExecutor
 from tests.support.resumed import Noisy

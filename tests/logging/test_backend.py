@@ -22,7 +22,7 @@ from flowtrain.logging import (
     Text,
     Value,
 )
-from flowtrain.logging.backend import Identity, collecting, deliver, identity, log
+from flowtrain.logging.records import Identity, collecting, deliver, identity, log
 from tests.support.untyped import untyped
 
 STEP = ("Step", "TrainingPhase")

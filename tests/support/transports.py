@@ -9,7 +9,8 @@ from typing import TypeAlias
 import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
-from flowtrain.logging.backend import Group, Identity, Value, identity, log
+from flowtrain.logging.backend import Group, Value
+from flowtrain.logging.records import Identity, identity, log
 from flowtrain_dask.lanes.report import LaneCounts
 from flowtrain_dask.lanes.transport import LaneContext, Transport
 from flowtrain_dask.lanes.work import Entry, Job

@@ -122,11 +122,6 @@ class DeferredCallbacks:
         return "" if self._placements is None else self._placements.explain(plan)
 
     @property
-    def placed_by_cost(self) -> frozenset[str]:
-        """The names of the callbacks for which cost decides where they run."""
-        return frozenset() if self._placements is None or self.defer != "auto" else self._placements.names
-
-    @property
     def sequences(self) -> dict[str, int]:
         """The number of events that each lane has had, by its name."""
         return self._sequences | ({} if self._placements is None else self._placements.sequences)

@@ -20,10 +20,9 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Call, Plan
+from flowtrain.graph.plan import Call, Plan, PlannedHandler
 from flowtrain.graph.reach import Reach
 from flowtrain.state.random_numbers import Draws
-from flowtrain_dask.deferred.in_place import retiring
 from flowtrain_dask.deferred.placement import Placement, PlanKey, Turn
 from flowtrain_dask.deferred.policy import Deferral, name_of, why_here
 from flowtrain_dask.deferred.preparing import Options, job_of, transport_of
@@ -55,7 +54,6 @@ class Placements:
 
     Attributes:
         placements: The callbacks of each lane.
-        names: The names of the callbacks that have lanes.
     """
 
     def __init__(
@@ -90,7 +88,6 @@ class Placements:
             )
             for nodes in deferral.lanes
         ]
-        self.names = frozenset(node.name for nodes in deferral.lanes for node in nodes)
         self._of = {node: placement for placement in self.placements for node in placement.nodes}
         self._takers: dict[tuple[Node, Handler], Taker] = {}
         self._reach = Reach(site.state)
@@ -137,7 +134,7 @@ class Placements:
                 hand_over = found.clock.hand_over(plan, at, hand_over)
             here = each.call if each.unasked is None else each.unasked
             if self._by_cost and self._options.on_error == "warn":
-                here = retiring(here, placement, each)
+                here = _retiring(here, placement, each)
             calls[at] = placement.node(_key(plan), each.node, each.handler, here, hand_over)
         return plan.with_calls(calls), shared
 
@@ -240,3 +237,18 @@ def _snapshot_node(
         (placement.lane or placement.opened()).put(position, event, phase, snapshot, snapshot.nbytes, seed)
 
     return node
+
+
+def _retiring(call: Call, placement: Placement, handler: PlannedHandler) -> Call:
+    """Return the call of a handler that runs in place, which retires the lane if the handler fails."""
+
+    def run(event: Event, phase: Phase, view: Any) -> None:
+        """Run the handler."""
+        try:
+            call(event, phase, view)
+        except Exception as raised:  # a handler may raise anything
+            failure = handler.failure(raised, event, phase)
+            failure.add_note(f"raised in {handler.label} at ({type(event).__name__}, {phase!r}), in place")
+            placement.retire(failure)
+
+    return run

@@ -21,7 +21,7 @@ from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
-from flowtrain.logging.backend import deliver
+from flowtrain.logging.records import deliver
 from flowtrain_dask.deferred.policy import Deferral
 from flowtrain_dask.deferred.preparing import job_of
 from flowtrain_dask.lanes.lane import Lane

@@ -25,10 +25,11 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import CancelException, DeferredCancelError
+from flowtrain.errors import CancelException
 from flowtrain.graph.clock import IN_LANE, Clock, Mark, Track
-from flowtrain.graph.plan import Call
-from flowtrain.logging.backend import Identity, LoggerBackend, collecting, deliver
+from flowtrain.graph.plan import Call, cancel_error
+from flowtrain.logging.backend import LoggerBackend
+from flowtrain.logging.records import Identity, collecting, deliver
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.lanes.report import LaneCounts
@@ -43,7 +44,6 @@ __all__ = [
     "Record",
     "RecordWriter",
     "Surroundings",
-    "cancel_error",
     "leave_stamps",
     "opened",
     "run_entries",
@@ -113,7 +113,7 @@ class Job:
         callbacks: The names of its callbacks.
         backends: The logging backends that each callback holds; in another process these are copies.
         handlers: Its handlers; `Entry.handler` is a position among them.
-        first: The number of its first event for `flowtrain.logging.backend.identity`; not 0 in a run that is resumed.
+        first: The number of its first event for `flowtrain.logging.records.identity`; not 0 in a run that is resumed.
         surroundings: The torch settings for its handlers.
         draws: The callbacks that may draw random numbers, with the reason; empty if none does. Otherwise no thread
             beside training may run the lane.
@@ -258,7 +258,7 @@ def run_entries(
         callbacks: The lane's callbacks, in the state after all earlier events.
         job: The job of the lane.
         entries: The events.
-        run: The run, for `flowtrain.logging.backend.identity`.
+        run: The run, for `flowtrain.logging.records.identity`.
         lane: The name of the lane, for the same function.
         gate: Entered around each event.
         enough: Called after each event; if it returns ``True``, no further event is run.
@@ -354,15 +354,3 @@ def _explained(failure: BaseException, job: Job, entry: Entry) -> BaseException:
         failure = cancel_error(failure, handler.label, handler.owner.type_name, where)
     failure.add_note(f"raised in {handler.label} at {where}, deferred as event {entry.sequence} of lane {job.lane}")
     return failure
-
-
-def cancel_error(cancel: CancelException, label: str, type_name: str, where: str) -> DeferredCancelError:
-    """Return the error for a cancel that a handler raised in a lane, or in place where cost decides about the lane."""
-    error = DeferredCancelError(
-        f"{label} raised {type(cancel).__name__}({str(cancel)!r}) at {where}, but it is deferrable: in its lane it "
-        f"runs when training has gone on, and there is no {cancel.scope or 'scope'} left to end. Set deferrable = "
-        f'False in {type_name}, or write DaskExecutor(defer="never").'
-    )
-    # The cause is set by hand, because the exception is raised later, on the training thread.
-    error.__cause__ = cancel
-    return error

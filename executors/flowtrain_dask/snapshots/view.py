@@ -10,14 +10,13 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 from flowtrain.callback.access import Declaration, Path
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.learner_state import LearnerState, Named, by_name
 from flowtrain.state.optimizer_view import OptimizerParts
@@ -40,11 +39,8 @@ class Replica:
 
     def __init__(self, declaration: Declaration, owner: Owner) -> None:
         self._declaration = declaration
-        self._owner = replace(owner, consumes=False)  # so the view does not detach the copies a second time
+        self._owner = replace(owner, consumes=True, copied=True)
         self._state = LearnerState()
-        del self._state.updates  # a snapshot does not hold it, so reading it must fail
-        self._state.fired = _Refusing(owner.callback, "fire")
-        self._state.requests = _Refusing(owner.callback, "request_checkpoint")
         self._optimizers: dict[str, _Shown] = {}
         self._view: LearnerView | None = None
 
@@ -126,22 +122,6 @@ class _Shown:
         raise AttributeError(
             f"a deferred callback sees hyperparams, state and defaults of an optimizer, and there is no {name!r}. "
             f"Set deferrable = False on the callback if it needs the optimizer itself."
-        )
-
-
-class _Refusing(list[tuple[str, Any]]):
-    """Takes the place of the queue of events or requests, and refuses them: training has passed the event."""
-
-    def __init__(self, callback: str, method: str) -> None:
-        super().__init__()
-        self._callback = callback
-        self._method = method
-
-    def append(self, item: tuple[str, Any]) -> NoReturn:
-        """Refuse."""
-        raise UsageError(
-            f"{self._callback} calls learner.{self._method}({item[1]!r}), but it is deferred: it runs after the event, "
-            f"perhaps in another process, and training has gone on. Set deferrable = False on the callback."
         )
 
 

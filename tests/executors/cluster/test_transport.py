@@ -16,7 +16,8 @@ import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
 from flowtrain.errors import ExecutorError
-from flowtrain.logging.backend import Group, LoggerBackend, Value, identity, log
+from flowtrain.logging.backend import Group, LoggerBackend, Value
+from flowtrain.logging.records import identity, log
 from flowtrain_dask.cluster import connection as connection_module
 from flowtrain_dask.cluster import transport as transport_module
 from flowtrain_dask.cluster import worker

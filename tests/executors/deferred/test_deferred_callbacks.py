@@ -57,7 +57,8 @@ from flowtrain.callbacks import (
 from flowtrain.graph.executor import Executor
 from flowtrain.graph.serial import SerialExecutor
 from flowtrain.logging import Image, JsonlBackend
-from flowtrain.logging.backend import Identity, Run, identity
+from flowtrain.logging.backend import Run
+from flowtrain.logging.records import Identity, identity
 from flowtrain.metrics import accuracy
 from flowtrain.testing import assert_equivalent, tiny_learner
 from flowtrain_dask import DaskExecutor, Limits

@@ -38,13 +38,12 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, LogMetrics, throttle
-from flowtrain.errors import DeferredCancelError, ExecutorError, UsageError
+from flowtrain.errors import DeferredCancelError, ExecutorError, LoggingError, UsageError
 from flowtrain.logging import JsonlBackend, Value, log
-from flowtrain.logging.backend import identity
+from flowtrain.logging.records import identity
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, register_copier
 from flowtrain_dask.deferred.placement import TIMED, Placement
-from flowtrain_dask.deferred.preparing import Defer
 from tests.support.clock import Clock, Tick
 from tests.support.logs import log_records
 
@@ -266,21 +265,56 @@ def test_a_deferrable_callback_steers_training_nowhere_wherever_it_runs() -> Non
         raise CancelBatchException("enough")
 
     ways: list[tuple[Callable[[LearnerView], object], type[Exception], str]] = [
-        (cancel, DeferredCancelError, r"Steers.act raised CancelBatchException\('enough'\) at \(BatchEnd, "
-         r"TrainingPhase\), but it is deferrable: .* write DaskExecutor\(defer=\"never\"\)"),
-        (lambda learner: learner.fire(Asked()), UsageError, r"Steers calls learner.fire\(Asked\(\)\)"),
-        (lambda learner: learner.request_checkpoint("x"), UsageError, r"Steers calls learner.request_checkpoint\("),
+        (cancel, DeferredCancelError,
+         "Steers.act raised CancelBatchException('enough') at (BatchEnd, TrainingPhase), but it is deferrable: in "
+         "its lane it runs when training has gone on, and there is no batch left to end. Set deferrable = False in "
+         "Steers."),
+        (lambda learner: learner.fire(Asked()), UsageError, "Steers calls learner.fire(Asked()), but it is deferrab"),
+        (lambda learner: learner.request_checkpoint("x"), UsageError, "Steers calls learner.request_checkpoint("),
+        (lambda learner: learner.request_weights("x"), UsageError, "Steers calls learner.request_weights("),
+        (lambda learner: learner.updates, UsageError, "Steers is deferrable and reads learner.updates: "),
     ]  # fmt: skip
+    executors: list[Callable[[], Any]] = [
+        lambda: "serial",
+        *(partial(DaskExecutor, defer=defer) for defer in ("auto", "always", "never")),
+        partial(DaskExecutor, parallel="always"),
+    ]
     for do, kind, text in ways:
-        defers: tuple[Defer, ...] = ("auto", "always")
-        for defer in defers:
+        found = set()
+        for executor in executors:
             steers = Steers(Clock(), 0.0, "Steers")
             steers.do = do
             with (
-                tiny_learner(steers, n_batches=3, executor=DaskExecutor(defer=defer)) as learner,
-                pytest.raises(kind, match=text),
+                tiny_learner(steers, n_batches=3, executor=executor()) as learner,
+                pytest.raises(kind) as raised,
             ):
                 learner.fit(1)
+            found.add(str(raised.value))
+        assert len(found) == 1
+        assert found.pop().startswith(text)
+
+
+_elsewhere: dict[str, JsonlBackend] = {}  # where no learner looks for the backends of its callbacks
+
+
+def test_a_deferrable_callback_logs_to_no_backend_that_another_one_holds_wherever_it_runs(tmp_path: Path) -> None:
+    class Logs(Costs):
+        def state_access(self) -> Access:
+            return {}
+
+        @on(BatchEnd, TrainingPhase)
+        def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+            log(_elsewhere["backend"], Value(1.0), "Mine", 1, ("Step",))
+
+    executors: list[Any] = ["serial", DaskExecutor(), DaskExecutor(defer="always")]
+    for number, executor in enumerate(executors):
+        _elsewhere["backend"] = backend = JsonlBackend(tmp_path / f"{number}.jsonl")
+        with (
+            tiny_learner(LogMetrics(backend), Logs(Clock(), 0.0, "Logs"), n_batches=2, executor=executor) as learner,
+            pytest.raises(LoggingError, match=r"is none of the backends that the callback held .* it held none"),
+        ):
+            learner.fit(1)
+        assert "Mine" not in Path(backend.path).read_text()
 
 
 class Counted:

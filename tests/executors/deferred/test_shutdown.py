@@ -16,7 +16,8 @@ from flowtrain import BatchEnd, Callback, LearnerView, Phase, Read, TrainingPhas
 from flowtrain.callback.access import Access
 from flowtrain.callbacks import Checkpointer, Metrics
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Value, log
+from flowtrain.logging.backend import Value
+from flowtrain.logging.records import log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from tests.support.programs import Programs

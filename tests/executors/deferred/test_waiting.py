@@ -33,7 +33,8 @@ from flowtrain import (
 from flowtrain.callbacks import Checkpointer
 from flowtrain.graph.executor import EXECUTORS
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Value, log
+from flowtrain.logging.backend import Value
+from flowtrain.logging.records import log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits, register_copier
 from flowtrain_dask.cluster.codec import encode

@@ -10,7 +10,8 @@ from pathlib import Path
 from flowtrain import BatchEnd, Callback, LearnerView, TrainingPhase, on
 from flowtrain.callback.access import declare
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Run, Value, log
+from flowtrain.logging.backend import Run, Value
+from flowtrain.logging.records import log
 from flowtrain.state.partial_view import Owner
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.lane import Lane

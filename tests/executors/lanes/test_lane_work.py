@@ -14,7 +14,8 @@ import pytest
 from flowtrain import BatchEnd, Callback, FitEnd, LearnerView, Phase, TrainingPhase, on
 from flowtrain.callback.events import Event
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import LoggerBackend, Run, Value, log
+from flowtrain.logging.backend import LoggerBackend, Run, Value
+from flowtrain.logging.records import log
 from flowtrain_dask.lanes.lane import Lane, OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.threads import LaneThreads, Workable

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flowtrain.logging.backend import Identity
+from flowtrain.logging.records import Identity
 from flowtrain_dask.lanes import transport as threads
 from flowtrain_dask.lanes.gate import Gate
 from flowtrain_dask.lanes.transport import SLOW, ThreadTransport, Transport

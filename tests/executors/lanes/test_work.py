@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
-from flowtrain.logging.backend import Identity, identity
+from flowtrain.logging.records import Identity, identity
 from flowtrain_dask.lanes.work import Entry, Surroundings, run_entries
 from tests.support.lanes import job_of
 

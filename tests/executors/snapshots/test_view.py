@@ -184,7 +184,7 @@ def test_the_same_on_copies_as_in_place(declaration: Declaration, tail: bool) ->
 def test_a_handler_cannot_fire_events() -> None:
     declaration = declare({"batch.loss": Read()}, "me")
     view = Replica(declaration, Owner("Reader", "Reader", "state_access", declaration)).show({})
-    with pytest.raises(UsageError, match=r"Reader calls learner\.fire\(BatchEnd\(\)\), but it is deferred"):
+    with pytest.raises(UsageError, match=r"Reader calls learner\.fire\(BatchEnd\(\)\), but it is deferrable"):
         view.fire(BatchEnd())
 
 
