@@ -14,8 +14,8 @@ The loggables are `Value`, `Image`, `Text`, `Histogram`, `Figure`, `File` and `S
 of `LoggerBackend`, and `flowtrain.testing.BackendContract` tests it.
 
 `backend` has the loggables and the base class of backends, and `records` the way of a record to its backend; `jsonl`,
-`csv`, `tensorboard`, `mlflow` and `wandb` each have one backend. These share `files` (records appended to a file, or a file
-that is replaced), `values` (plain values of what users log), `names` (the names that a tracker takes), `pictures`
+`csv`, `tensorboard`, `mlflow` and `wandb` each have one backend. These share `files` (records appended to a file, or a
+file that is replaced), `values` (plain values of what users log), `names` (the names that a tracker takes), `pictures`
 (images and figures as PNG) and `distribution` (the bins of a histogram). `extras` imports an optional package at its
 first use.
 """

@@ -297,7 +297,7 @@ STUCK = """
 import signal, sys, time
 from flowtrain import BatchEnd, Callback, Read, TrainingPhase, Write, on
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Value, log
+from flowtrain.logging import Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
 

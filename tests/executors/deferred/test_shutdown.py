@@ -27,7 +27,7 @@ SCRIPT = """
 import sys, time
 from flowtrain import BatchEnd, Callback, Read, TrainingPhase, Write, on
 from flowtrain.logging import JsonlBackend
-from flowtrain.logging.backend import Value, log
+from flowtrain.logging import Value, log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 
