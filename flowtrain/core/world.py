@@ -59,6 +59,7 @@ class World:
         Raises:
             RemoteError: A rank has ended or stands still.
         """
+        # The length and a short value travel together, as a second collective would double the time of most exchanges.
         data = bytearray(pickle.dumps(value))
         own = torch.zeros(_LENGTH + _SHORT, dtype=torch.uint8)
         own[:_LENGTH] = torch.tensor([len(data)], dtype=torch.int64).view(torch.uint8)
@@ -213,7 +214,7 @@ def find_world(parallel: Parallel) -> World | None:
             "torch.distributed.init_process_group('gloo'), or leave that call out: flowtrain makes the group that fits."
         )
     default = dist.group.WORLD
-    if default not in _groups:
+    if default not in _groups:  # all learners of a process share one, since each group has threads and connections
         atexit.register(_leave, own)
         _groups[default] = dist.new_group(backend="gloo", timeout=_timeout(default))
     return World(_groups[default])

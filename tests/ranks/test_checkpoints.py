@@ -273,6 +273,25 @@ class SavesEarly(Saves):
         learner.request_checkpoint(Path(self.folder) / "early.ckpt")
 
 
+def fail_after(folder: str, event: type[Event], accumulate: int) -> End:
+    dist.init_process_group("gloo")
+    core = TorchCore(device="cpu", accumulate=accumulate)
+    return fit(Alone(event, TrainingPhase, "error", 1), SavesEarly(folder), core=core)
+
+
+@pytest.mark.parametrize(("event", "accumulate"), [(UpdateEnd, 1), (BatchEnd, 1), (BatchEnd, 3)])
+def test_a_failure_is_told_once_although_two_checkpoints_were_requested_in_the_batch(
+    event: type[Event], accumulate: int, ranks: Ranks, tmp_path: Path
+) -> None:
+    """The other ranks drop the second one when they learn of the failure at the first."""
+    zero, one = returned(ranks.run_on(2, 15, fail_after, str(tmp_path), event, accumulate))
+    assert differing(zero.weights, one.weights) == []
+    assert one.error is not None
+    assert zero.error is not None
+    assert (one.error.kind, zero.error.kind) == ("ValueError", "RemoteError")
+    assert zero.error.text.startswith("rank 1: ValueError: only here")
+
+
 def cancel_before(folder: str, accumulate: int) -> End:
     dist.init_process_group("gloo")
     core = TorchCore(device="cpu", accumulate=accumulate)

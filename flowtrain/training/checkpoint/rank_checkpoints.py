@@ -66,12 +66,13 @@ class RankParts:
         self._reseed = False  # whether the generators of the checkpoint belong to another number of ranks
         self._loads: list[str] = []  # the files that were loaded since the last epoch began
         self._missed = False  # whether an error has dropped requests here that the other ranks carry out
+        self._refused = False  # whether the ranks have just told each other that they carry out none
 
     # --- take
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
         """See `Parts.drop`."""
-        self._missed = self._missed or bool(requests)
+        self._missed = self._missed or (bool(requests) and not self._refused)
 
     def miss(self, failure: BaseException | None) -> None:
         """Tell the other ranks, which compare their requests now, that this one has dropped its own, if it has.
@@ -81,7 +82,7 @@ class RankParts:
         """
         if self._missed and failure is not None and not self._world.lost:
             self._world.exchange(_Asks((), f"{type(failure).__name__}: {failure}"))
-        self._missed = False
+        self._missed = self._refused = False
 
     def compare(self, requests: Sequence[CheckpointRequest]) -> None:
         """See `Parts.compare`."""
@@ -92,9 +93,10 @@ class RankParts:
             for rank, each in enumerate(found)
             if not isinstance(each, _Asks) or each.reason
         }
+        self._refused = bool(failed) or any(each.requests != asked for each in found)
         if failed:
             raise RemoteError("; ".join(f"rank {rank}: {reason}" for rank, reason in failed.items()), tuple(failed))
-        if any(each.requests != asked for each in found):
+        if self._refused:
             shown = "; ".join(f"rank {rank}: {', '.join(each.requests) or 'none'}" for rank, each in enumerate(found))
             raise RankError(
                 f"The ranks request different checkpoints ({shown}), and each checkpoint needs all ranks. Let a "

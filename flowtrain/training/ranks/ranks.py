@@ -90,6 +90,7 @@ class Ranks:
         Raises:
             RankError: The ranks have different versions, or different callbacks.
         """
+        # Plans are compared before the first event, since ranks with other callbacks would wait in other exchanges.
         found = self._points.share(
             "the plan of the fit", lambda: (updates(), self._state.callbacks.describe(), _versions())
         )
@@ -105,6 +106,7 @@ class Ranks:
                 f"The ranks have different callbacks: {difference}. Give the learner the same callbacks, in the same "
                 f'order, on every rank; with ranks = "main" one of them runs on the main rank only.'
             )
+        # An epoch ends on all ranks with the shortest loader, so the smallest number is that of all.
         counts = [count for count, _, _ in found if count is not None]
         return min(counts) if counts and len(counts) == len(found) else None
 
@@ -223,7 +225,7 @@ class Ranks:
         """Yield the batches of an epoch of training until all ranks know of a signal to one of them."""
         for raw in batches:
             yield raw
-            del raw
+            del raw  # otherwise the batch would stay in memory while the next one is loaded
             if self._points.interrupted:
                 raise self._points.interrupt(self._save)
 

@@ -197,7 +197,7 @@ class SyncPoints:
         self.interrupted = self.interrupted or sums[INTERRUPT] > 0
         if not self.known:
             return
-        own, self._late = failure or self._late, None
+        own, self._late = failure or self._late, None  # `flags` has told the same one of the two
         failures = Failures() if own is None else Failures(own)
         self._add(sums, self.world.exchange("" if own is None else _text(own)), failures)
         del own, failure  # see `flowtrain.errors.raise_worst`
@@ -214,7 +214,7 @@ class SyncPoints:
 
     def fail(self, failure: BaseException) -> BaseException:
         """Take part in the next sync point with a failure of this rank; return the worst failure of all ranks."""
-        if self.world.lost:
+        if self.world.lost:  # nobody answers any more
             return failure
         try:
             if self.next == GRADIENTS:
@@ -250,6 +250,7 @@ class SyncPoints:
             The values of all ranks in their order; an empty list if a rank has failed, or if the ranks do not meet any
             more, because one is lost or all know that the fit ends.
         """
+        # The others do not come here: they have ended, go to the last point at once, or have passed that one already.
         if self.world.lost or (self.fit_ends and point != FIT_END) or (self._ended_elsewhere and point == FIT_END):
             return []
         if self._late is not None:
@@ -294,6 +295,7 @@ class SyncPoints:
         if worst in (_FIT, _ERROR):
             self.fit_ends = True
         mine = failures.worst
+        # A failure of this rank that is as bad says more, with its traceback, than the text of another one.
         if not worst or (mine is not None and _place(mine) >= worst):
             return
         others = {rank: text for rank, text in enumerate(reasons) if text and rank != self.world.rank}
@@ -318,7 +320,7 @@ class SyncPoints:
         with failures:
             if self._leave is not None:
                 self._leave()
-            save()
+            save()  # a rank without a signal of its own takes part in the checkpoint
         own = failures.first
         try:
             reasons = self.world.exchange("" if own is None else str(own))
