@@ -35,6 +35,7 @@ class Meeting:
         self.size = size
         self.count = 0
         self._barrier = threading.Barrier(size, timeout=timeout)
+        self._read = threading.Barrier(size, timeout=timeout)
         self._sent = [b""] * size
 
     def exchange(self, rank: int, value: Any) -> list[Any]:
@@ -43,7 +44,7 @@ class Meeting:
         if self._barrier.wait() == 0:
             self.count += 1
         found = [pickle.loads(each) for each in self._sent]
-        self._barrier.wait()  # the next exchange must not replace a value that a slow rank has not read yet
+        self._read.wait()  # the next exchange must not replace a value that a slow rank has not read yet
         return found
 
     def peers(self, rank: int, *, sharded: bool = False) -> Peers:
@@ -68,7 +69,7 @@ class Meeting:
                 results[rank] = function(rank)
             except BaseException as error:
                 results[rank] = error
-                self._barrier.abort()
+                self._barrier.abort()  # not the other one: ranks may still be on their way out of it
 
         threads = [threading.Thread(target=run, args=(rank,)) for rank in range(self.size)]
         for thread in threads:
@@ -92,7 +93,9 @@ class MetWorld(World):
         self._meeting = meeting
 
     def exchange(self, value: Any) -> list[Any]:
-        """Return the values of all ranks; raise a `RemoteError` if another rank has ended."""
+        """Return the values of all ranks; raise a `RemoteError` if another rank has ended, now or before."""
+        if self.lost:
+            raise RemoteError("an exchange has failed before", ())
         try:
             return self._meeting.exchange(self.rank, value)
         except threading.BrokenBarrierError as error:
