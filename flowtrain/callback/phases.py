@@ -227,6 +227,9 @@ class Phase:
         Args:
             learner: The state of training, and the parts of a step.
             raw: One item of the loader, as the loader gave it.
+
+        Raises:
+            UsageError: The phase defines no step.
         """
         raise UsageError(
             f"{self!r} has no step. Subclass TrainingPhase, ValidationPhase or their abstract bases, or define step()."

@@ -62,7 +62,10 @@ def throttle(
     """
     _check("throttle", callback, event_type, "every=10")
     if (every is None) == (seconds is None):
-        raise UsageError("throttle() takes either every= or seconds=: throttle(Printer(), BatchEnd, every=10).")
+        raise UsageError(
+            f"throttle(every={every!r}, seconds={seconds!r}) takes one of the two: throttle(Printer(), BatchEnd, "
+            f"every=10)."
+        )
     if every is not None:
         return _attach(callback, Every(event_type, whole_number("throttle(): every", every)))
     if seconds is None or not is_positive(seconds):

@@ -32,7 +32,11 @@ class SerialExecutor:
         self._closed = False
 
     def bind(self, site: Site) -> None:
-        """Belong to one loop."""
+        """Belong to the loop of one learner from now on.
+
+        Raises:
+            ExecutorError: The executor belongs to another learner, or is closed.
+        """
         if self._closed:
             raise ExecutorError(_CLOSED)
         if self._site is not None and self._site is not site:
@@ -43,7 +47,11 @@ class SerialExecutor:
         """Accept any callbacks."""
 
     def compile(self, plan: Plan) -> Runner:
-        """Return a loop over the plan's calls."""
+        """Return a loop over the plan's calls.
+
+        Raises:
+            ExecutorError: The executor is closed, or belongs to no learner.
+        """
         site = self._site
         if self._closed:
             raise ExecutorError(_CLOSED)

@@ -35,7 +35,7 @@ from flowtrain.logging.backend import (
 from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
 from flowtrain.logging.files import not_open, read_file, unwritable
-from flowtrain.logging.names import Names
+from flowtrain.logging.names import Names, readable
 from flowtrain.logging.pictures import figure_png, image_png
 from flowtrain.logging.values import number, refused, settings
 
@@ -122,7 +122,7 @@ class WandbBackend(LoggerBackend):
         elif isinstance(loggable, Settings):
             record["settings"] = settings(loggable.values)
         elif isinstance(loggable, Text):
-            record["text"] = str(loggable.text)
+            record["text"] = readable(str(loggable.text))
         elif isinstance(loggable, Histogram):
             counted = distribution(loggable)
             record["histogram"] = [counted.counts, counted.edges]

@@ -72,7 +72,11 @@ def top_k_accuracy(k: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tenso
 
     @_good(high=True)
     def metric(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the share of rows whose target is among the k highest outputs."""
+        """Return the share of rows whose target is among the k highest outputs.
+
+        Raises:
+            UsageError: The shapes do not fit.
+        """
         _check_tensor(f"top_{k}_accuracy", outputs)
         if outputs.ndim != 2:
             raise UsageError(f"top_{k}_accuracy needs outputs of shape (batch, classes), got {tuple(outputs.shape)}.")

@@ -358,7 +358,7 @@ def adopt(phase: Phase, entries: dict[Phase, Any]) -> None:
 
     Two phases have one name if a cell of a notebook that defines the class ran twice, or if a checkpoint was loaded
     when another class of that name was defined. Logs, conditions and checkpoints know a phase by its name, so the
-    entries go on with the values of the earlier one.
+    entries continue with the values of the earlier one.
 
     Args:
         phase: The phase that runs from now on.

@@ -83,7 +83,10 @@ class GuardedView(LearnerView):
                 f'{{"cbstate.{name}": Write()}} and write learner.cbstate.{name}.'
             )
         if name == "resource":
-            raise AttributeError("a handler's learner has no 'resource': a resource is declared, and has no value.")
+            raise AttributeError(
+                f"a handler's learner has no 'resource', so {value!r:.80} cannot be assigned to it: a resource is "
+                f"declared and has no value. Keep the object in an attribute of the callback."
+            )
         if isinstance(self._whole.get(name), Write):
             raise UsageError(
                 f"{self._owner.callback} replaces learner.{name}, which the training core, the optimizer and other "

@@ -308,6 +308,8 @@ def test_resources_are_no_attributes() -> None:
     learner = view_of({"resource.rng": Write(), "resource.pyplot": Write()}, made())
     with pytest.raises(AttributeError, match="a handler's learner has no 'resource'"):
         _ = untyped(learner).resource
+    with pytest.raises(AttributeError, match=r"so 3 cannot be assigned to it: .* Keep the object in an attribute"):
+        untyped(learner).resource = 3
 
 
 def test_data_by_phase() -> None:

@@ -18,7 +18,7 @@ from flowtrain.callbacks.schedules.schedule import (
     check_milestones,
     check_number,
 )
-from flowtrain.errors import UsageError, whole_number
+from flowtrain.errors import UsageError, is_a, whole_number
 
 __all__ = ["per_epoch", "sequence", "swa_lr", "warmup"]
 
@@ -69,12 +69,15 @@ def sequence(schedules: Iterable[ScheduleLike], at: Iterable[int]) -> Schedule:
         at: The numbers of updates after which the next schedule begins, ascending; one fewer than there are schedules.
 
     Raises:
-        UsageError: A schedule is none or counts epochs, or `at` is not ascending or has another length.
+        UsageError: `schedules` is no list, an item of it is no schedule or counts epochs, or `at` is not ascending or
+            has another length.
 
     >>> from flowtrain.callbacks.schedules import polynomial
     >>> [sequence([1.0, polynomial(0.5, length=2)], at=[2])(n) for n in range(1, 6)]
     [1.0, 1.0, 0.5, 0.25, 0.0]
     """
+    if not is_a(schedules, Iterable) or is_a(schedules, str):
+        raise UsageError(f"sequence({schedules!r}, ...) takes a list of schedules: sequence([a, b, c], at=[100, 200]).")
     parts = [_part("sequence", each) for each in schedules]
     done = check_milestones("sequence", "at", at)
     if len(parts) != len(done) + 1:

@@ -220,7 +220,7 @@ def from_torch(
             ``OneCycleLR``.
 
     Raises:
-        UsageError: `make` returns no scheduler, or a scheduler that needs a metric.
+        UsageError: `make` is no function, or returns no scheduler, or a scheduler that needs a metric.
 
     >>> schedule = from_torch(lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5), 1.0)
     >>> [schedule(n) for n in range(1, 6)]
@@ -232,6 +232,11 @@ def from_torch(
         raise UsageError(
             f"from_torch() takes a function that makes the scheduler: from_torch(lambda optimizer: {kind}(optimizer, "
             f"...), {value}); got a {kind}."
+        )
+    if not callable(make):
+        raise UsageError(
+            f"from_torch({make!r}, {value}) takes a function that makes the scheduler first, then the value. Write "
+            f"from_torch(lambda optimizer: CosineAnnealingLR(optimizer, T_max=100), 0.1)."
         )
     # The optimizer needs a learning rate even if the schedule is of another entry; the key comes last, so it wins.
     settings: dict[str, Any] = {"lr": 1.0, key: value}

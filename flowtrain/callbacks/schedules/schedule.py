@@ -119,8 +119,10 @@ def check_milestones(what: str, name: str, given: Iterable[Any]) -> list[int]:
         given: The argument.
 
     Raises:
-        UsageError: A number is not whole or below 1, or the numbers are not ascending.
+        UsageError: It is no list, a number is not whole or below 1, or the numbers are not ascending.
     """
+    if not is_a(given, Iterable) or is_a(given, str):
+        raise UsageError(f"{what}({name}={given!r}): {name} is a list of numbers of updates, such as [100, 200].")
     found = [whole_number(f"{what}(): each of {name}", each) for each in given]
     if found != sorted(set(found)):
         raise UsageError(f"{what}({name}={found!r}): {name} is numbers of updates, in ascending order, none twice.")

@@ -84,6 +84,14 @@ def test_functions_and_numbers_are_schedules_too() -> None:
         ),
         (lambda: warmup(1.0, 0), "warmup(): updates is a whole number, at least 1, got 0."),
         (
+            lambda: sequence(untyped(0.1), at=[5]),
+            "sequence(0.1, ...) takes a list of schedules: sequence([a, b, c], at=[100, 200]).",
+        ),
+        (
+            lambda: sequence([1.0, 2.0], at=untyped(5)),
+            "sequence(at=5): at is a list of numbers of updates, such as [100, 200].",
+        ),
+        (
             lambda: sequence([1.0, 2.0], at=[]),
             "sequence() got 2 schedules and 0 numbers in at=[]: after each schedule but the last there is one, as "
             "sequence([a, b, c], at=[100, 200]).",

@@ -168,6 +168,11 @@ def test_a_schedule_that_waits_for_the_fit() -> None:
             "from_torch() got a ReduceLROnPlateau, which needs a metric. Use reduce_on_plateau(0.1, ...).",
         ),
         (
+            lambda: from_torch(untyped(0.1), 0.2),
+            "from_torch(0.1, 0.2) takes a function that makes the scheduler first, then the value. Write "
+            "from_torch(lambda optimizer: CosineAnnealingLR(optimizer, T_max=100), 0.1).",
+        ),
+        (
             lambda: from_torch(untyped(lambda optimizer: None), 0.1),
             "from_torch(make, value): make(optimizer) returned None, which is no scheduler of torch. Write "
             "from_torch(lambda optimizer: CosineAnnealingLR(optimizer, T_max=100), 0.1).",
