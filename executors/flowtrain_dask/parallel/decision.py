@@ -33,7 +33,7 @@ from flowtrain.graph.executor import Runner
 from flowtrain_dask.parallel.firing import TimedPlan
 from flowtrain_dask.parallel.strands import Strands
 
-__all__ = ["HOLD_FACTOR", "LEAST_GAIN", "ROUNDS", "Decision", "Mode", "in_ms", "is_faster"]
+__all__ = ["CLEAR", "HOLD_FACTOR", "LEAST_GAIN", "ROUNDS", "Decision", "Mode", "in_ms", "is_faster"]
 
 LEAST_GAIN = 0.2e-3
 """Seconds. A plan that could save less than this by running in parallel is not raced."""
@@ -44,7 +44,7 @@ ROUNDS = 5
 _WINS = 0.95
 """A new way, such as running in parallel, wins a race if its median is less than this fraction of the old way's."""
 
-_CLEAR = 1.5
+CLEAR = 1.5
 """A race ends early if every firing of one way took this many times as long as every firing of the other."""
 
 _RACE = f"each way is timed at most {ROUNDS} times"
@@ -192,7 +192,7 @@ def is_faster(new: Sequence[float], old: Sequence[float]) -> bool | None:
     """
     if len(old) < 2:
         return None
-    if len(old) < ROUNDS and max(new) * _CLEAR >= min(old) and max(old) * _CLEAR >= min(new):
+    if len(old) < ROUNDS and max(new) * CLEAR >= min(old) and max(old) * CLEAR >= min(new):
         return None
     return statistics.median(new) < statistics.median(old) * _WINS
 
