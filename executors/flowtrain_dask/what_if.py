@@ -1,9 +1,10 @@
 """The estimate behind ``learner.executor.what_if()``: what this executor would save, from measured times of handlers.
 
-The times are those of a fit with a timeline (`flowtrain.graph.clock.Measured`). Handlers are spread over threads as
-the executor spreads them (`flowtrain_dask.parallel.strands`). The cost of a lane for training is measured by taking
-snapshots of the present state, unless the fit has deferred the handler and measured it. A gain is not worth it if the
-executor would not try it either: below `flowtrain_dask.parallel.decision.LEAST_GAIN`.
+The times are those of a fit with a timeline (`flowtrain.graph.clock.Measured`) under any executor, since the serial one
+asks this module too. Handlers are spread over threads as the dask executor spreads them
+(`flowtrain_dask.parallel.strands`). The cost of a lane for training is measured by taking snapshots of the present
+state, unless the fit has deferred the handler and measured it. A gain is not worth it if the executor would not try it
+either: below `flowtrain_dask.parallel.decision.LEAST_GAIN`.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import time
 from collections.abc import Iterator
 
 from flowtrain.callback.handler import Handler
+from flowtrain.errors import UsageError
 from flowtrain.graph.clock import HAND_OVER, HANDLER, IN_LANE, Measured
 from flowtrain.graph.drawing import draw_plan
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan
 from flowtrain.graph.registry import Callbacks
-from flowtrain.graph.what_if import DeferredSavings, ParallelSavings, WhatIf, not_measured, shown
+from flowtrain.graph.what_if import DeferredSavings, ParallelSavings, WhatIf, shown
 from flowtrain_dask.deferred.policy import Deferral, decide
 from flowtrain_dask.parallel.decision import LEAST_GAIN
 from flowtrain_dask.parallel.strands import needs_training_thread, pack
@@ -51,7 +53,11 @@ def estimate(site: Site, workers: int | None = None) -> WhatIf:
     measured, workers = callbacks.measured, cores() if workers is None else workers
     plans = [plan for plan in (callbacks.plan(*key) for key in callbacks.known) if measured.count(plan)]
     if not plans:
-        raise not_measured()
+        events = ", ".join(dict.fromkeys(event.__name__ for event, _ in callbacks.known))
+        raise UsageError(
+            f"what_if() has no times of the handlers at {events}. Measure them first, in a fit with a timeline: "
+            f'learner.fit(steps=100, timeline="timeline.json").'
+        )
     parallel = [_parallel(plan, measured, workers) for plan in plans if len(plan) > 1]
     deferral = decide(site.nodes, site.state, threads=True)
     deferred = [each for plan in plans for each in _deferred(plan, measured, deferral, site)]
