@@ -1,16 +1,20 @@
 """Trace files: the stamps of a clock as trace events, which Perfetto and Chrome show.
 
 The format is that of https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU (trace events),
-in its form as an array: a file that lacks its end, since the process was killed, opens as well. `TraceWriter` takes the
-stamps out of a clock on a thread of its own and appends them to the file. `join` makes one file of several, such as
-those of several ranks and of ``torch.profiler``.
+in its form as an array: a file that lacks its end opens as well. `TraceWriter` takes the stamps out of a clock on a
+thread of its own, and packs them for a process of its own, which formats them and appends them to the file
+(`flowtrain.diagnostics.trace_formatter`). `join` makes one file of several, such as those of several ranks and of
+``torch.profiler``.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import marshal
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,19 +22,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from flowtrain.diagnostics import trace_formatter
 from flowtrain.errors import LoggingError, UsageError
 from flowtrain.graph.clock import Clock, Mark, Stamp, Track
-from flowtrain.logging.files import AppendingFile
 
 __all__ = ["TraceWriter", "join", "read_trace"]
 
 _logger = logging.getLogger("flowtrain")
 
-_PAUSE = 0.25
+_PAUSE = 0.05
 """Seconds between two looks for new stamps, which are what a kill loses."""
 
-_TOGETHER = 200
-"""How many stamps are formatted before other threads get a turn: about 0.2 ms of the interpreter's lock."""
+_TOGETHER = 1000
+"""How many stamps are packed before other threads get a turn: about 0.3 ms of the interpreter's lock."""
 
 _BEHIND = 20_000
 """With more stamps than this in memory the thread no longer pauses between them."""
@@ -60,10 +64,10 @@ class TraceWriter:
     def __init__(self, clock: Clock, path: Path, rank: int, limit: int, about: Mapping[str, Any]) -> None:
         self.path = _make(path)
         self.dropped = 0
-        self._clock, self._pid, self._limit = clock, rank + 1, limit
-        self._file: AppendingFile | None = AppendingFile(str(self.path.absolute()), lambda descriptor: 0)
-        self._zero, unix = _now()
-        self._templates: dict[tuple[Mark, int | Track], str] = {}
+        self._clock, self._pid = clock, rank + 1
+        zero, unix = _now()
+        self._process: subprocess.Popen[bytes] | None = self._start(zero, limit)
+        self._numbers: dict[tuple[Mark, int | Track], int] = {}  # the numbers of templates
         self._lines: dict[int | Track, tuple[int, int]] = {}  # the numbers of process and thread of each track
         self._processes: dict[str, int] = {}
         self._ended = threading.Event()
@@ -71,7 +75,7 @@ class TraceWriter:
             *self._name_process(self._pid, f"rank {rank} (process {os.getpid()})"),
             {"name": "clock", "ph": "M", "pid": self._pid, "args": {"unix_ns": unix, **about}},
         ]
-        self._append(["[" + ",\n".join(map(json.dumps, begin))])
+        self._send((["[" + ",\n".join(map(json.dumps, begin))], {}, []))
         self._thread = threading.Thread(target=self._run, name="flowtrain-timeline", daemon=True)
         self._thread.start()
 
@@ -80,86 +84,99 @@ class TraceWriter:
         self._ended.set()
         self._thread.join()
 
+    def _start(self, zero: int, limit: int) -> subprocess.Popen[bytes]:
+        """Start the process that formats trace events and appends them to the file."""
+        try:
+            if not sys.executable or getattr(sys, "frozen", False):
+                raise LoggingError("it needs a Python interpreter, and this program has none that it could start")
+            program = [sys.executable, "-I", "-S", str(Path(trace_formatter.__file__).absolute())]
+            pipe, numbers = subprocess.PIPE, map(str, (zero, limit, self._pid))
+            with self.path.open("ab") as file:  # in a session of its own, so that an interrupt reaches training alone
+                return subprocess.Popen(
+                    [*program, *numbers], stdin=pipe, stdout=file, stderr=pipe, start_new_session=True
+                )
+        except BaseException:
+            self.path.unlink()
+            raise
+
     def _run(self) -> None:
         while not self._ended.wait(_PAUSE):
             self._take()
         self._take()
-        if self.dropped:
-            text = f"{self.dropped:,} times after this are not in the file, which has reached its limit"
-            self._append([",\n" + json.dumps(self._instant(text))])
-        self._append(["\n]\n"])
-        if self._file is not None:
-            with suppress(LoggingError):  # a disk that fails only now has the whole file in the system's memory
-                self._file.close()
+        self._send(None)
+        self._end()
 
     def _take(self) -> None:
-        """Take out the stamps that are there now, and write them."""
+        """Take out the stamps that are there now, and have them written."""
         stamps = self._clock.stamps
         left = len(stamps)
         while left:
             taken = [stamps.popleft() for _ in range(min(left, _TOGETHER))]
             left -= len(taken)
-            for mark, begin, end, _, _ in taken:
-                if mark.seconds is not None:
-                    mark.seconds.append((end - begin) * 1e-9)
-            if self._file is not None:
-                self._write(taken)
+            self._send(self._packed(taken))
             if left < _BEHIND:
                 time.sleep(0.001)
 
-    def _write(self, taken: Sequence[Stamp]) -> None:
-        if self._file is not None and self._file.size > self._limit:
-            self.dropped += len(taken)
-            return
-        zero, templates, parts = self._zero, self._templates, list[str]()
+    def _packed(self, taken: Sequence[Stamp]) -> trace_formatter.Message:
+        """Return stamps as a message, and note the times of handlers."""
+        numbers, texts, templates, rows = self._numbers, list[str](), dict[int, str](), list[Any]()
         for mark, begin, end, track, args in taken:
-            template = templates.get((mark, track))
+            if mark.seconds is not None:
+                mark.seconds.append((end - begin) * 1e-9)
+            template: int | str | None = numbers.get((mark, track))
             if template is None:
-                template = self._template(mark, track, parts)
-            at, took = begin - zero, end - begin
-            text = template % (at // 1000, at % 1000, took // 1000, took % 1000)
-            if args is None:
-                parts.append(text)
-            elif isinstance(args, tuple):
-                parts.append(f'{text[:-2]}, "epoch": {args[0]}, "batch": {args[1]}}}}}')
-            else:
-                parts.append(_with_args(text, args))
-        self._append(parts)
+                template = self._template(mark, track, texts)
+                if mark.seconds is not None or mark.kind in ("part", "batch"):  # other marks have one stamp each
+                    number = numbers[mark, track] = len(numbers)
+                    templates[number], template = template, number
+            if args is not None and not isinstance(args, tuple):
+                args = json.dumps(dict(args), default=str)[1:-1] or None  # type: ignore[assignment]  # as text
+            rows += (template, begin, end, args)
+        return texts, templates, rows
 
-    def _append(self, parts: Sequence[str]) -> None:
-        """Append trace events to the file; after an error, which is logged, nothing more is written."""
-        if self._file is None:
+    def _send(self, message: trace_formatter.Message | None) -> None:
+        """Hand a message over to the process that formats; if this has ended, nothing more is written."""
+        if self._process is None or self._process.stdin is None:
             return
         try:
-            try:
-                self._file.append("".join(parts).encode())
-            except LoggingError:
-                self._file.append_all([part.encode() for part in parts])  # as many as fit
-        except (LoggingError, OSError) as error:
-            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            self._process.stdin.write(marshal.dumps(message))
+            self._process.stdin.flush()
+        except OSError:
+            self._end()
+
+    def _end(self) -> None:
+        """Wait for the end of the process that formats, and log its error if it had one."""
+        process, self._process = self._process, None
+        if process is None or process.stdin is None or process.stderr is None:
+            return
+        said = process.stderr.readline()  # not all of it: a process that was forked meanwhile may hold the other end
+        with suppress(OSError):
+            process.stdin.close()
+        process.stderr.close()
+        code = process.wait()
+        try:
+            report = json.loads(said)
+            self.dropped, error = report["dropped"], report["error"]
+        except ValueError:
+            error = f"the process that formats it has ended with code {code}"
+        if error:
             _logger.warning(
                 "flowtrain: the timeline %s ends here, since it cannot be written: %s. What it has can be opened; "
                 "training is not affected.",
                 self.path,
-                getattr(cause, "strerror", None) or cause,
+                error,
             )
-            file, self._file = self._file, None
-            with suppress(LoggingError, OSError):
-                file.close()
 
     # --- names and numbers of the lines of a timeline
 
-    def _template(self, mark: Mark, track: int | Track, parts: list[str]) -> str:
-        """Return the text of a trace event of a mark on a track, up to its numbers."""
+    def _template(self, mark: Mark, track: int | Track, texts: list[str]) -> str:
+        """Return the text of a trace event of a mark on a track, up to its numbers; a new track is named in `texts`."""
         if track not in self._lines:
-            parts += [",\n" + json.dumps(each) for each in self._begin_line(track)]
+            texts += [",\n" + json.dumps(each) for each in self._begin_line(track)]
         pid, tid = self._lines[track]
         head = json.dumps({"name": mark.name, "cat": mark.kind, "ph": "X", "pid": pid, "tid": tid}).replace("%", "%%")
         args = json.dumps(dict(mark.args), default=str).replace("%", "%%")
-        text = f',\n{head[:-1]}, "ts": %d.%03d, "dur": %d.%03d, "args": {args}}}'
-        if mark.seconds is not None or mark.kind in ("part", "batch"):  # other marks have one stamp each
-            self._templates[mark, track] = text
-        return text
+        return f',\n{head[:-1]}, "ts": %d.%03d, "dur": %d.%03d, "args": {args}}}'
 
     def _begin_line(self, track: int | Track) -> Iterator[dict[str, Any]]:
         """Give a track its numbers, and yield the trace events that name it."""
@@ -182,16 +199,6 @@ class TraceWriter:
     def _name_process(self, pid: int, name: str) -> Iterator[dict[str, Any]]:
         yield {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": name}}
         yield {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}}
-
-    def _instant(self, text: str) -> dict[str, Any]:
-        at = (time.perf_counter_ns() - self._zero) / 1000
-        return {"name": text, "ph": "i", "s": "p", "ts": at, "pid": self._pid, "tid": 0}
-
-
-def _with_args(text: str, args: Mapping[str, Any]) -> str:
-    """Return a trace event with further arguments, of which it may have none yet."""
-    more = json.dumps(dict(args), default=str)[1:-1]
-    return text if not more else f"{text[:-2]}{'' if text.endswith('{}}') else ', '}{more}}}}}"
 
 
 def _now() -> tuple[int, int]:
@@ -233,25 +240,25 @@ def read_trace(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int 
         text = Path(path).read_text("utf-8", errors="replace")
     except OSError as error:
         raise UsageError(f"The trace {os.fspath(path)!r} cannot be read: {error.strerror}.") from error
-    try:
-        found = json.loads(text)
-    except ValueError:
-        try:
-            found = json.loads(text[: text.rindex("}", 0, text.rindex("\n"))] + "}]")
-        except ValueError:
-            found = None
+    # A file that is cut off has a whole event at its end, or a part of one, which is left out.
+    found, whole = None, text[: text.rfind("}", 0, max(text.rfind("\n"), 0)) + 1]
+    for each in (text, text.rstrip(", \n") + "]", whole + "]"):
+        with suppress(ValueError):
+            found = json.loads(each)
+            break
     if isinstance(found, dict):
         events, zero = found.get("traceEvents"), found.get("baseTimeNanoseconds")
     else:
-        events = found
-        clocks = (each["args"] for each in found or () if isinstance(each, dict) and each.get("name") == "clock")
-        zero = next((args["unix_ns"] for args in clocks if "unix_ns" in args), None)
-    if not isinstance(events, list):
+        events, zero = found, None
+    if not isinstance(events, list) or not all(isinstance(each, dict) for each in events):
         raise UsageError(
             f"{os.fspath(path)!r} has no trace events. Pass files of Timeline, and of torch.profiler's "
             f"export_chrome_trace."
         )
-    return events, zero
+    if not isinstance(found, dict):
+        clocks = (each.get("args") for each in events if each.get("name") == "clock")
+        zero = next((args["unix_ns"] for args in clocks if isinstance(args, dict) and "unix_ns" in args), None)
+    return events, zero if isinstance(zero, (int, float)) else None
 
 
 def join(paths: Sequence[str | os.PathLike[str]], to: str | os.PathLike[str]) -> None:
@@ -283,7 +290,7 @@ def join(paths: Sequence[str | os.PathLike[str]], to: str | os.PathLike[str]) ->
             if pid not in own:
                 own[pid] = _free_number(pid, {*taken, *own.values()})
             moved = {**event, "pid": own[pid]}
-            if "ts" in event:
+            if isinstance(event.get("ts"), (int, float)):
                 moved["ts"] = event["ts"] + ((zero or 0) - first) / 1000
             joined.append(moved)
         taken |= {*own.values()}

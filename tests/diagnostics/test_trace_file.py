@@ -1,9 +1,12 @@
+# pyright: reportPrivateUsage=false
+# A test kills the process that formats.
 """Trace files: their format, their end, wherever they are cut off, and several of them in one."""
 
 from __future__ import annotations
 
 import json
 import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -11,10 +14,11 @@ from typing import Any
 
 import pytest
 
-from flowtrain import UsageError
+from flowtrain import BatchEnd, LoggingError, TrainingPhase, UsageError
 from flowtrain.diagnostics.trace_file import TraceWriter, join, read_trace
-from flowtrain.graph.clock import Clock, Mark, Track
+from flowtrain.graph.clock import HANDLER, Clock, Mark, Track
 from tests.support.traces import events_of, slices_of
+from tests.support.waiting import wait_for
 
 AWKWARD = 'a "quoted" 100% name: ü, \\ and \n'
 
@@ -147,6 +151,9 @@ def test_files_are_joined_on_one_clock(tmp_path: Path) -> None:
         ("", "has no trace events. Pass files of Timeline, and of torch.profiler's export_chrome_trace."),
         ("{}", "has no trace events."),
         ("[1, 2", "has no trace events."),
+        ("[1, 2]", "has no trace events."),
+        ('[{"name": "clock"}]', "cannot be joined: the file does not tell when it began."),
+        ('{"traceEvents": [], "baseTimeNanoseconds": "soon"}', "cannot be joined: the file does not tell when"),
         ('{"traceEvents": []}', "cannot be joined: the file does not tell when it began."),
         ("[]", "cannot be joined: the file does not tell when it began."),
     ],
@@ -164,6 +171,39 @@ def test_a_joined_file_that_cannot_be_written(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json")
     with pytest.raises(UsageError, match=r"The joined trace .*none.* cannot be written: No such file or directory"):
         join([path], tmp_path / "none" / "b.json")
+
+
+def test_the_process_that_formats_is_killed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The clock goes on, and the file ends with whole events."""
+    made = clock()
+    writer = TraceWriter(made, tmp_path / "a.json", 0, 1 << 20, {})
+    process = writer._process
+    assert process is not None
+    made.add(Mark("x", "part"), 1, 2)
+    wait_for(lambda: '"name": "x"' in (tmp_path / "a.json").read_text())
+    process.kill()
+    process.wait()
+    mark = made.measured.mark((BatchEnd, TrainingPhase), "Mine.work", HANDLER)
+    made.add(mark, 1, 3)
+    wait_for(lambda: writer._process is None)
+    assert caplog.messages == [
+        f"flowtrain: the timeline {writer.path} ends here, since it cannot be written: the process that formats it has "
+        f"ended with code {process.returncode}. What it has can be opened; training is not affected."
+    ]
+    made.add(mark, 1, 5)
+    writer.close()
+    assert [each["name"] for each in read_trace(writer.path)[0] if each["ph"] == "X"] == ["x"]
+    assert mark.seconds is not None
+    assert [*mark.seconds] == [2e-9, 4e-9], "handlers are measured without a file"
+    assert len(caplog.messages) == 1
+
+
+def test_without_an_interpreter_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for executable, kind in (("", LoggingError), (str(tmp_path / "none"), OSError)):
+        monkeypatch.setattr(sys, "executable", executable)
+        with pytest.raises(kind, match="Python interpreter|No such file"):
+            TraceWriter(clock(), tmp_path / "a.json", 0, 1 << 20, {})
+        assert not [*tmp_path.iterdir()]
 
 
 def test_the_thread_ends_with_the_file(tmp_path: Path) -> None:
