@@ -258,7 +258,7 @@ def read_trace(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], int 
     if not isinstance(found, dict):
         clocks = (each.get("args") for each in events if each.get("name") == "clock")
         zero = next((args["unix_ns"] for args in clocks if isinstance(args, dict) and "unix_ns" in args), None)
-    return events, zero if isinstance(zero, (int, float)) else None
+    return events, zero if isinstance(zero, int) else None
 
 
 def join(paths: Sequence[str | os.PathLike[str]], to: str | os.PathLike[str]) -> None:

@@ -51,7 +51,7 @@ class TraceFormatter:
         self._file, self._zero, self._limit, self._pid = file, zero, limit, pid
         self._last = zero  # the end of the last row that is in the file
         self._size = os.fstat(file).st_size
-        self._templates: dict[int | str, str] = {}
+        self._templates: dict[int, str] = {}
 
     def take(self, message: Message) -> None:
         """Append the trace events of a message.
@@ -87,12 +87,12 @@ class TraceFormatter:
         zero, templates, fields = self._zero, self._templates, iter(rows)
         for number, begin, end, args in zip(fields, fields, fields, fields, strict=True):
             at, took, self._last = begin - zero, end - begin, end
-            template = templates.get(number, number)
+            template: str = templates[number] if isinstance(number, int) else number
             text = template % (at // 1000, at % 1000, took // 1000, took % 1000)
             if args is None:
                 yield text
             else:
-                more = args if isinstance(args, str) else '"epoch": %d, "batch": %d' % args
+                more = args if isinstance(args, str) else f'"epoch": {args[0]}, "batch": {args[1]}'
                 yield f"{text[:-2]}{'' if text.endswith('{}}') else ', '}{more}}}}}"
 
     def _append(self, parts: Sequence[str]) -> None:

@@ -9,12 +9,13 @@ Understanding of Hierarchical System Structures, 1981).
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from html import escape
 from itertools import pairwise
 from pathlib import Path
+from textwrap import TextWrapper
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
@@ -29,6 +30,9 @@ _CHAR, _LINE = 7.4, 18.0
 
 _BOX, _GAP, _LAYER, _MARGIN = 34.0, 28.0, 84.0, 16.0
 """The height of a box, the distance of two boxes, the distance of two layers, and the margin, in pixels."""
+
+_LEAST_LINE = 48
+"""The least number of characters after which lines of text are broken, which a phone shows without scrolling."""
 
 _SWEEPS = 4
 """How often the layers are put in order, by the layer above and by the one below in turns."""
@@ -47,7 +51,7 @@ text{font:12px ui-monospace,Menlo,Consolas,monospace;fill:#1f2430}
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>{title}</title>
-<style>body{{margin:1em}}svg{{max-width:100%;height:auto}}</style></head>
+<style>body{{margin:0;background:#fff}}@media(prefers-color-scheme:dark){{body{{background:#14171f}}}}</style></head>
 <body>{svg}</body></html>
 """
 
@@ -143,8 +147,10 @@ class Drawing:
     def svg(self) -> str:
         """The drawing as an SVG document, in the colours of the reader's light or dark mode."""
         layout = _Layout(self)
-        head = [self.title, *self.notes, *([] if self.labels else ["No callback has a handler."])]
-        reasons = list(self._reasons())
+        most = max(_LEAST_LINE, int(layout.width / _CHAR))  # a long line would push the boxes out of a narrow window
+        notes = [*self.notes, *([] if self.labels else ["No callback has a handler."])]
+        head = [self.title, *_filled(notes, most, "  ")]
+        reasons = _filled(self._reasons(), most, "   ")
         top = _MARGIN + _LINE * len(head) + 10
         bottom = top + layout.height + (_LINE if reasons else 0)
         width = max(layout.width, *(_CHAR * len(line) for line in [*head, *reasons])) + 2 * _MARGIN
@@ -268,6 +274,12 @@ def _for_mermaid(text: str) -> str:
 def _text(x: float, y: float, text: str, kind: str, *, middle: bool = False) -> str:
     anchor = ' text-anchor="middle"' if middle else ""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}"{anchor} xml:space="preserve">{escape(text)}</text>'
+
+
+def _filled(texts: Iterable[str], most: int, indent: str) -> list[str]:
+    """Return texts in lines of at most so many characters, of which all but the first of a text are indented."""
+    fill = TextWrapper(most, subsequent_indent=indent, break_on_hyphens=False)
+    return [line for text in texts for line in (fill.wrap(text) if len(text) > most else [text])]
 
 
 def _width(label: str) -> float:

@@ -201,7 +201,7 @@ def test_the_process_that_formats_is_killed(tmp_path: Path, caplog: pytest.LogCa
 def test_without_an_interpreter_there_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for executable, kind in (("", LoggingError), (str(tmp_path / "none"), OSError)):
         monkeypatch.setattr(sys, "executable", executable)
-        with pytest.raises(kind, match="Python interpreter|No such file"):
+        with pytest.raises(kind, match=r"Python interpreter|No such file"):
             TraceWriter(clock(), tmp_path / "a.json", 0, 1 << 20, {})
         assert not [*tmp_path.iterdir()]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,17 @@ def test_wrong_arguments(tmp_path: Path) -> None:
     for event, phase in wrong:
         with pytest.raises(UsageError, match=r"takes the type of an event, .* Write draw\(BatchEnd, TrainingPhase\)"):
             learner.callbacks.draw(event, phase)
+
+
+def test_long_lines_of_text_are_broken_and_do_not_push_the_boxes_aside() -> None:
+    """A note of an executor has 200 characters, of which each made the picture wider than the window of a phone."""
+    words = [f"word{number}" for number in range(40)]
+    narrow = Drawing("BatchEnd, TrainingPhase", ["A.act"], [], ["a short note"])
+    wide = Drawing("BatchEnd, TrainingPhase", ["A.act"], [], ["a short note", " ".join(words)])
+    sizes = [re.search(r'viewBox="0 0 (\d+) (\d+)"', drawing.svg) for drawing in (narrow, wide)]
+    assert all(size is not None and int(size[1]) < 400 for size in sizes)
+    lines = re.findall(r"<text [^>]*>([^<]*)</text>", wide.svg)
+    assert lines[1] == "a short note"
+    assert " ".join(" ".join(lines[2:-1]).split()) == " ".join(words)
+    assert all(line.startswith("  word") for line in lines[3:-1])
+    assert lines[-1] == "A.act"

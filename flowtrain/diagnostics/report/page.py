@@ -43,9 +43,9 @@ _MOST_ROWS = 200
 
 _CSS = """
 :root{color-scheme:light dark;--paper:#fff;--card:#f5f6f9;--ink:#1f2430;--dim:#5b6270;--rule:#dfe3ea;--note:#fff4e5;
---edge:#c2410c}
+--edge:#c2410c;--shade:#1f243038}
 @media(prefers-color-scheme:dark){:root{--paper:#14171f;--card:#1c202b;--ink:#e6e8ee;--dim:#a3a9b7;--rule:#2f3545;
---note:#2d2317;--edge:#fb923c}}
+--note:#2d2317;--edge:#fb923c;--shade:#000c}}
 *{box-sizing:border-box}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main,header,footer{max-width:76rem;margin:0 auto;padding:0 1.25rem}
@@ -62,20 +62,26 @@ a{color:inherit}
 .tile dt{color:var(--dim);font-size:.8rem;overflow-wrap:anywhere}
 .tile dd{margin:0;font-size:1.3rem;font-weight:600;font-variant-numeric:tabular-nums}
 .tile small{display:block;font-size:.8rem;font-weight:400;color:var(--dim)}
-.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:.5rem 1.5rem}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,26rem),1fr));gap:1.25rem 1.5rem}
+.charts+.charts{margin-top:1.25rem}
 figure{margin:0;min-width:0}figcaption{font-size:.9rem;color:var(--dim);overflow-wrap:anywhere}
 figcaption b{color:var(--ink);font-weight:600}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;margin:.25rem 0 .75rem;padding:0;list-style:none;font-size:.9rem}
 .legend i{display:inline-block;width:1.1rem;height:.28rem;border-radius:2px;margin-right:.45rem;vertical-align:middle}
-.wide{overflow-x:auto;max-width:100%;margin:.75rem 0 1.25rem}.wide:focus-visible{outline:2px solid var(--edge)}
+.wide{--under:var(--paper);overflow-x:auto;max-width:100%;margin:.75rem 0 1.25rem;background:
+linear-gradient(90deg,var(--under) 40%,transparent) 0 0/3rem 100% no-repeat local,
+linear-gradient(270deg,var(--under) 40%,transparent) 100% 0/3rem 100% no-repeat local,
+linear-gradient(90deg,var(--shade),transparent) 0 0/.9rem 100% no-repeat scroll,
+linear-gradient(270deg,var(--shade),transparent) 100% 0/.9rem 100% no-repeat scroll,var(--under)}
+.wide:focus-visible{outline:2px solid var(--edge)}.card{--under:var(--card);border-radius:8px}
 .tall{max-height:26rem;overflow-y:auto}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
 caption{text-align:left;color:var(--dim);padding-bottom:.3rem}
+caption span{display:inline-block;position:sticky;left:0;max-width:calc(100vw - 2.5rem)}
 th,td{padding:.3rem .9rem .3rem 0;text-align:left;border-bottom:1px solid var(--rule);white-space:nowrap}
 th{font-weight:600}thead th{position:sticky;top:0;background:var(--paper)}td.number,th.number{text-align:right}
 td.text{white-space:normal;overflow-wrap:anywhere;min-width:12rem}
-pre{font:.8rem/1.5 ui-monospace,Menlo,Consolas,monospace;background:var(--card);border-radius:8px;padding:.75rem 1rem;
-margin:0;width:max-content;min-width:100%}
+pre{font:.8rem/1.5 ui-monospace,Menlo,Consolas,monospace;padding:.75rem 1rem;margin:0;width:max-content;min-width:100%}
 details{border-bottom:1px solid var(--rule)}summary{cursor:pointer;padding:.5rem 0;overflow-wrap:anywhere}
 .wide img{display:block;max-width:none;height:auto}
 .chart{--bk-major-label-text-color:var(--dim);--bk-axis-label-text-color:var(--dim);--bk-axis-line-color:var(--rule);
@@ -404,12 +410,13 @@ def _table(
     )
     return (
         f'<div class="wide{" tall" if tall else ""}" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>"
+        f"<caption><span>{escape(caption)}</span></caption><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>"
     )
 
 
 def _pre(text: str, label: str) -> str:
-    return f'<div class="wide" tabindex="0" role="region" aria-label="{escape(label)}"><pre>{escape(text)}</pre></div>'
+    inside = f"<pre>{escape(text)}</pre>"
+    return f'<div class="wide card" tabindex="0" role="region" aria-label="{escape(label)}">{inside}</div>'
 
 
 def _is_time(name: str) -> bool:
