@@ -53,7 +53,7 @@ def estimate(site: Site, workers: int | None = None) -> WhatIf:
     measured, workers = callbacks.measured, cores() if workers is None else workers
     plans = [plan for plan in (callbacks.plan(*key) for key in callbacks.known) if measured.count(plan)]
     if not plans:
-        events = ", ".join(dict.fromkeys(event.__name__ for event, _ in callbacks.known))
+        events = ", ".join(dict.fromkeys(event.__name__ for event, _ in callbacks.known)) or "any event"
         raise UsageError(
             f"what_if() has no times of the handlers at {events}. Measure them first, in a fit with a timeline: "
             f'learner.fit(steps=100, timeline="timeline.json").'

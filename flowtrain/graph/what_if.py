@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from flowtrain.errors import UsageError
-
-__all__ = ["DeferredSavings", "ParallelSavings", "WhatIf", "not_measured", "shown"]
+__all__ = ["DeferredSavings", "ParallelSavings", "WhatIf", "shown"]
 
 
 @dataclass(frozen=True)
@@ -123,14 +121,6 @@ class WhatIf:
         else:
             yield "At best: handlers that compute in Python share the interpreter's lock, and then save less."
             yield 'executor="dask" measures both ways in a fit, and takes the quicker one.'
-
-
-def not_measured() -> UsageError:
-    """Return the error for an estimate without times."""
-    return UsageError(
-        "what_if() has no times of handlers yet. Measure them first, in a fit with a timeline: "
-        'learner.fit(steps=100, timeline="timeline.json").'
-    )
 
 
 def shown(seconds: float) -> str:
