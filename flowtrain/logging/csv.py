@@ -123,15 +123,21 @@ class CsvBackend(FileBackend):
         cell = self._columns.index(name)
         # Add the cell to the last row, by writing that row again, unless the row has a value there already.
         if self._own and self._last[:2] == [group, step] and not any(self._last[cell : cell + 1]):
-            row = self._last
+            row = [*self._last[:cell], value, *self._last[cell + 1 :]]
             file.truncate(self._start)
+            try:
+                file.append(_text([row]))
+            except BaseException:
+                file.append(_text([self._last]))  # there is room for what was there
+                raise
         else:
             row = [group, step, *[""] * (len(self._columns) - 2)]
-            self._start = file.size
+            row[cell] = value
+            start = file.size
+            file.append(_text([row]))
+            self._start = start
             self._rows += 1
-        row[cell] = value
         self._last, self._own = row, True
-        file.append(_text([row]))
 
     def _rewrite(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> AppendingFile:
         """Write the whole file again with these columns, and continue with the new file."""

@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from flowtrain.errors import LoggingError, is_whole
+from flowtrain.errors import LoggingError, is_whole, raise_worst
 from flowtrain.logging.backend import HOLD, Group, Loggable, LoggerBackend
 from flowtrain.logging.names import readable
 
@@ -166,7 +166,8 @@ def deliver(
             nothing to a backend in it.
 
     Raises:
-        Exception: Without `failures`, the error of the first backend that failed; all other backends have been written.
+        Exception: Without `failures`, the error of the first backend that failed, with those of others attached; all
+            other backends have been written.
     """
     noted: dict[int, Exception] = {} if failures is None else failures
     by_backend: dict[int, list[bytes]] = {}
@@ -182,7 +183,7 @@ def deliver(
             error.add_note(f"raised when records were written to {backend.sink}")
             noted[id(backend)] = error
     if failures is None and noted:
-        raise next(iter(noted.values()))
+        raise_worst([*noted.values()])
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from types import MappingProxyType
+from types import MappingProxyType, MethodType
 from typing import Any
 
 import torch
@@ -84,7 +84,11 @@ class _Twin:
         # Subclasses of the built-in containers have attributes of their own (a model output's .logits).
         if name in _CHANGES:
             raise refuse(self._path)
-        return readonly(getattr(self._container, name), self._path)
+        value = getattr(self._container, name)
+        if isinstance(value, MethodType) and value.__self__ is self._container:
+            # A method that is written in Python gets the twin, so that what it changes is refused as well.
+            return MethodType(value.__func__, self)
+        return readonly(value, self._path)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise refuse(self._path)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -259,6 +262,20 @@ def test_dask_draws_from_a_generator_of_its_own() -> None:
     state = random.getstate()
     sizeof.sizeof(list(range(10_000)))
     compression.byte_sample(memoryview(bytes(10_000)), 10, 3)
+    assert random.getstate() == state
+
+
+def test_a_module_of_dask_that_is_imported_later_draws_from_that_generator_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    leave_random_numbers_alone()
+    late = ModuleType("dask.late")
+    late.random, late.draw, late.choose = random, random.random, random.choice  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "dask.late", late)
+    leave_random_numbers_alone()
+    state = random.getstate()
+    for draw in (late.random.random, late.draw, partial(late.choose, [1, 2])):
+        draw()
     assert random.getstate() == state
 
 

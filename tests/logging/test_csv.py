@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -39,6 +40,38 @@ class TestContract(BackendContract):
 
 def write(backend: CsvBackend, name: str, step: int, value: float, group: tuple[str, ...] = STEP) -> None:
     backend.write(backend.encode(Value(value), name, step, group))
+
+
+def test_a_full_disk_takes_no_cell_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cell is added by writing its row again."""
+    path = tmp_path / "values.csv"
+    backend = CsvBackend(path)
+    backend.open(Run("r"))
+    write(backend, "A", 1, 1.0)
+    write(backend, "B", 1, 1.5)
+    write(backend, "A", 2, 2.0)
+    before, room, system_write = path.read_text(), path.stat().st_size, os.write
+
+    def full(descriptor: int, data: bytes) -> int:
+        """Write as much as there is room for."""
+        left = room - path.stat().st_size
+        if not left:
+            raise OSError(28, "No space left on device")
+        return system_write(descriptor, data[:left])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        with pytest.raises(LoggingError, match="cannot be written: No space left on device"):
+            write(backend, "B", 2, 2.5)
+        assert path.read_text() == before
+        with pytest.raises(LoggingError, match="cannot be written: No space left on device"):
+            write(backend, "A", 3, 3.0)
+        assert path.read_text() == before
+    write(backend, "B", 2, 2.5)
+    assert path.read_text() == before.replace("2,2.0,", "2,2.0,2.5")
+    backend.restore(backend.flush())  # the position knows of no row that was not written
+    assert path.read_text() == before.replace("2,2.0,", "2,2.0,2.5")
+    backend.close()
 
 
 def test_the_table(tmp_path: Path) -> None:

@@ -186,6 +186,49 @@ def test_a_deep_copy_is_a_container_of_ones_own(kind: str) -> None:
         assert found is not original
 
 
+def test_a_container_of_a_user_is_not_changed_through_its_own_methods() -> None:
+    """They get the twin, so that they read as before; what they change is refused."""
+
+    class Bag(dict[str, Any]):
+        limit = 1
+
+        def put(self, key: str, value: Any) -> None:
+            self[key] = value
+
+        def set_limit(self, limit: int) -> None:
+            self.limit = limit
+
+        def add_to(self, key: str) -> None:
+            self[key].append(1)
+
+        def keep(self, key: str) -> None:
+            self.put(key, 1)
+
+        def total(self) -> int:
+            return len(self) + sum(len(value) for value in self.values()) + self.limit
+
+        @classmethod
+        def kind(cls) -> str:
+            return cls.__name__
+
+    class Stack(deque[int]):
+        def swap(self) -> None:
+            self[0], self[1] = self[1], self[0]
+
+    bag = Bag(a=[1, 2])
+    twin: Any = readonly(bag, PATH)
+    assert (twin.total(), twin.kind()) == (4, "Bag")
+    for change, argument in ((twin.put, ("b", 1)), (twin.set_limit, (2,)), (twin.add_to, ("a",)), (twin.keep, ("b",))):
+        with pytest.raises(ProtectedException):
+            change(*argument)
+    assert (bag, bag.limit) == ({"a": [1, 2]}, 1)
+    stack = Stack([1, 2])
+    with pytest.raises(ProtectedException):
+        readonly(stack, PATH).swap()
+    assert list(stack) == [1, 2]
+    assert readonly(Counter("aab"), PATH).most_common(1) == [("a", 2)]
+
+
 def test_a_numpy_array_is_a_view_that_cannot_be_written() -> None:
     original = np.zeros(3)
     twin = readonly(original, PATH)

@@ -22,9 +22,8 @@ import time
 import traceback
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from functools import cache
 from importlib import metadata
-from types import MethodType
+from types import BuiltinMethodType, MethodType
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -173,21 +172,27 @@ class _Generator(random.Random):
     Random = random.Random
 
 
-@cache
+_own = _Generator()
+
+_searched: set[str] = set()
+"""The names of the modules that were there when `leave_random_numbers_alone` was last called."""
+
+
 def leave_random_numbers_alone() -> None:
-    """Have dask draw from a generator of its own. Called once in the training process, and once on each worker.
+    """Have dask draw from a generator of its own. Called in the training process, and on a worker for each batch.
 
     dask's event loops run in threads and draw from Python's global generator whenever they estimate a size or wait.
     That would change the numbers that training draws in one process and handlers in the other.
     """
-    own = _Generator()
-    for name, module in list(sys.modules.items()):
+    modules = dict(sys.modules)
+    for name in modules.keys() - _searched:  # dask imports some of its modules late
         if name.partition(".")[0] in ("dask", "distributed", "tornado"):
-            for attribute, value in list(vars(module).items()):
+            for attribute, value in list(vars(modules[name]).items()):
                 if value is random:
-                    setattr(module, attribute, own)
-                elif isinstance(value, MethodType) and value.__self__ is _global:
-                    setattr(module, attribute, getattr(own, value.__name__))
+                    setattr(modules[name], attribute, _own)
+                elif isinstance(value, (MethodType, BuiltinMethodType)) and value.__self__ is _global:
+                    setattr(modules[name], attribute, getattr(_own, value.__name__))
+    _searched.update(modules)
 
 
 _global = cast("MethodType", random.randint).__self__

@@ -63,6 +63,13 @@ class Teardown:
         if os.getpid() != self._process:
             return
         end = time.monotonic() + self._patience
+        try:
+            self._finish_lanes(end)
+        finally:
+            self.close()
+
+    def _finish_lanes(self, end: float) -> None:
+        """Let the lanes process their events until a moment of `time.monotonic`, and log what is left."""
         for lane in () if self.lanes is None else self.lanes.lanes:
             was_given_up = lane.given_up  # the log has told how many of its events are left
             if not was_given_up and not lane.wait(lambda: time.monotonic() >= end) and (left := lane.report().pending):
@@ -75,11 +82,10 @@ class Teardown:
                 )
             try:
                 lane.raise_failure()
-            except Exception:
+            except BaseException:  # even `SystemExit` of a handler must not leave the other lanes undone
                 _logger.exception(
                     "flowtrain: lane %s failed, and nobody called learner.flush() or learner.close()", lane.name
                 )
-        self.close()
 
     def drop(self) -> None:
         """Finish in the background. The garbage collector calls this when the executor is dropped."""
@@ -122,4 +128,7 @@ def _register_finish() -> None:
 
 def _finish_all() -> None:
     for teardown in {*_open, *_ending}:
-        teardown.finish()
+        try:
+            teardown.finish()
+        except Exception:  # the lanes of the other learners must end too
+            _logger.exception("flowtrain: lanes could not be ended")

@@ -405,15 +405,15 @@ class Lane:
             queue.took(time.monotonic() - begin, max(1, result.done))
             self._accept(result)
         elif self._flushing:
-            done = queue.done
+            done, asked_again = queue.done, False
             try:
                 self._transport.bring_state_back(self._context)
             except Abandoned:  # asked for again when the lane no longer stands still
+                asked_again = True
                 raise
-            except BaseException:  # if the state cannot be brought back now, it is not asked for again and again
-                self._brought_back, self._flushing = done, False
-                raise
-            self._brought_back, self._flushing = done, False
+            finally:  # if the state cannot be brought back now, it is not asked for again and again
+                if not asked_again:
+                    self._brought_back, self._flushing = done, False
 
     def _accept(self, result: BatchResult) -> None:
         """Write the records of a result, and count the entries that are done."""

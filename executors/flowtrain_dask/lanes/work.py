@@ -25,7 +25,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import CancelException
+from flowtrain.errors import CancelException, raise_worst
 from flowtrain.graph.clock import IN_LANE, Clock, Mark, Track
 from flowtrain.graph.plan import Call, cancel_error
 from flowtrain.logging.backend import LoggerBackend
@@ -221,10 +221,11 @@ class RecordWriter:
         """Write records, without those that are in the sinks.
 
         Raises:
-            Exception: A sink has failed. It gets no more of these records; the other sinks get theirs.
+            Exception: A sink has failed. It gets no more of these records; the other sinks get theirs. If several have
+                failed, the first error is raised with the others attached.
         """
         new = [record for record in records if record[0] >= self.next and record[0] not in self._further]
-        failures: dict[int, Exception] = {}
+        failures: dict[int, Exception] = {}  # by backend
         for start in range(0, len(new), _TOGETHER):
             for callback, own in groupby(new[start : start + _TOGETHER], _callback_of):
                 if self._abandoned:
@@ -233,7 +234,7 @@ class RecordWriter:
                 deliver(self._backends[callback], written, failures)
                 self._counts.records += len(written)
         if failures:
-            raise next(iter(failures.values()))
+            raise_worst([*failures.values()])
 
 
 _seeding = threading.Lock()

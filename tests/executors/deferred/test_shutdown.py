@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# The test ends all lanes of the process, which have no other name.
 """How lanes end that nobody closes: nothing is lost, and nothing that fails is unheard (rules 25 and 27)."""
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from flowtrain.logging.backend import Value
 from flowtrain.logging.records import log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
+from flowtrain_dask.deferred import shutdown
 from tests.support.programs import Programs
 from tests.support.waiting import wait_for
 
@@ -113,6 +116,47 @@ class Gated(Callback):
 
 def names() -> list[str]:
     return [thread.name for thread in threading.enumerate() if "lane" in thread.name]
+
+
+class FailedLane:
+    """A lane with nothing to do, whose handler has raised something."""
+
+    name, given_up = "failed", False
+
+    def __init__(self, failure: BaseException) -> None:
+        self.failure: BaseException | None = failure
+
+    def wait(self, is_over: Callable[[], bool]) -> bool:
+        return True
+
+    def raise_failure(self) -> None:
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+
+def test_a_handler_that_exits_leaves_no_lane_of_this_or_another_learner_open(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Lanes:
+        def __init__(self, *lanes: FailedLane, broken: bool = False) -> None:
+            self.lanes, self.closed, self.broken = lanes, 0, broken
+
+        def close(self) -> None:
+            self.closed += 1
+            if self.broken:
+                raise RuntimeError("no thread can be started")
+
+    first, second = Lanes(FailedLane(SystemExit(7)), FailedLane(ValueError("bad")), broken=True), Lanes()
+    monkeypatch.setattr(shutdown, "_open", set())
+    monkeypatch.setattr(shutdown, "_ending", set())
+    for lanes in (first, second):
+        shutdown.Teardown(1.0).lanes = cast(Any, lanes)
+    shutdown._finish_all()
+    assert (first.closed, second.closed) == (1, 1)
+    assert [lane.failure for lane in first.lanes] == [None, None]
+    assert caplog.text.count("flowtrain: lane failed failed") == 2
+    assert "flowtrain: lanes could not be ended" in caplog.text
 
 
 def test_the_lanes_of_a_dropped_learner_process_what_they_have(

@@ -311,6 +311,18 @@ def test_a_sink_that_fails_keeps_no_records_of_the_batch_from_another() -> None:
         failures[0]()
 
 
+def test_of_several_sinks_that_fail_no_error_is_lost() -> None:
+    first, second = Together(), Together()
+    first.full = second.full = True
+    failures: list[Callable[[], None]] = []
+    lane, _ = make(Logger(first, second), leave=failures.append)
+    put(lane, 0)
+    drive(lane)
+    with pytest.raises(OSError, match="no space left") as raised:
+        failures[0]()
+    assert [str(other) for other in vars(raised.value)["others"]] == ["no space left"]
+
+
 def test_what_waits_behind_a_failure_is_skipped_but_for_the_end_of_the_fit() -> None:
     """Rules 17 and 27; what came before it is written first, and what is put after it was raised is processed."""
     sink = Together()
