@@ -41,6 +41,7 @@ from flowtrain.testing.probes import (
     TORCH_SETTINGS,
     ContractBase,
     Draws,
+    Looks,
     Ping,
     Probe,
     Trace,
@@ -244,7 +245,7 @@ class ExecutorContract(ContractBase):
 
     def test_rule_14_a_handler_sees_the_training_threads_state_of_torch(self) -> None:
         """Rule 14: a handler sees torch's settings of the training thread, within contexts that set them or not."""
-        trace, seen = Trace(self.patience), dict[str, dict[str, object]]()
+        trace, seen, later = Trace(self.patience), dict[str, dict[str, object]](), Looks()
         names = [kind.__name__ for kind in KINDS[:4]]
 
         def look(probe: Probe, event: Event, learner: LearnerView) -> None:
@@ -252,7 +253,7 @@ class ExecutorContract(ContractBase):
             trace.wait_for_start(*names)
             seen[probe.name] = torch_state()
 
-        with self.learner(*(kind(trace, look) for kind in KINDS[:4])) as learner:
+        with self.learner(*(kind(trace, look) for kind in KINDS[:4]), later) as learner:
             for where in self.each_round():
                 for setting in TORCH_SETTINGS:
                     with ExitStack() as stack:
@@ -261,6 +262,8 @@ class ExecutorContract(ContractBase):
                         wanted = torch_state()
                         self.ping(learner, trace, where)
                         seen["the training thread, after the event,"] = torch_state()
+                        learner.flush()
+                        seen[later.name] = later.as_in_place(wanted)
                     for name, found in seen.items():
                         for what, value in wanted.items():
                             assert found[what] == value, f"{name} saw {what} {found[what]} {where}; wanted is {value}"

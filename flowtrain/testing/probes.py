@@ -35,6 +35,7 @@ __all__ = [
     "DeferrableProbe",
     "Does",
     "Draws",
+    "Looks",
     "Ping",
     "Probe",
     "Trace",
@@ -418,6 +419,30 @@ def torch_state() -> dict[str, object]:
         "context variable": _MARK.get(),
         "stream": None if accelerator() is None else torch.accelerator.current_stream(),
     }
+
+
+class Looks(Callback):
+    """A deferrable callback that notes the settings of torch and Python at each `Ping`."""
+
+    deferrable = True
+    stochastic = False
+
+    def __init__(self) -> None:
+        self._seen: list[dict[str, object]] = []
+
+    @on(Ping, TrainingPhase, access={})
+    def look(self, event: Ping, phase: Phase, learner: LearnerView) -> None:
+        """Note the settings."""
+        self._seen.append(torch_state())
+
+    def as_in_place(self, wanted: dict[str, object]) -> dict[str, object]:
+        """Return the settings of the last event, without what sets a deferrable handler apart.
+
+        It records no gradients, and its snapshot is in CPU memory, so the stream does not matter.
+        """
+        seen = self._seen.pop()
+        assert not seen["grad mode"], "a deferrable handler recorded gradients"
+        return seen | {what: wanted[what] for what in ("grad mode", "stream")}
 
 
 def _side_stream() -> torch.Stream | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import datetime
 import enum
 import pathlib
@@ -37,6 +38,10 @@ from flowtrain.graph.executor import Executor
 from flowtrain.graph.serial import SerialExecutor
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits
+from flowtrain_dask.cluster.codec import dump_entries, load_entries
+from flowtrain_dask.lanes.work import Entry, run_entries
+from flowtrain_dask.parallel.torch_state import TorchState
+from tests.support.lanes import job_of
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import a test module
 
@@ -355,3 +360,81 @@ def test_a_reader_of_whole_series_stays_in_this_process(dask_processes: Any) -> 
         where = {lane.lane: lane.where for lane in executor.report().lanes}
         assert where["Reader"] == "thread"
         assert where["Reader#2"].startswith(f"{dask_processes.address}, worker tcp://")
+
+
+# --- the state of torch and Python at the event
+
+MARK = contextvars.ContextVar("MARK", default="unset")
+
+
+class Looks(Callback):
+    """Notes the settings that it sees, after a moment in which training sets others."""
+
+    deferrable = True
+    stochastic = False
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[Any, ...]] = []
+        self.dtypes: list[torch.dtype] = []
+        self.go_on = threading.Event()
+
+    @on(BatchEnd, TrainingPhase, access={"batch.loss": Read()})
+    def look(self, event: BatchEnd, phase: Phase, learner: LearnerView) -> None:
+        self.go_on.wait(20)
+        autocast = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+        self.seen.append((MARK.get(), *autocast, torch.zeros(1).device.type, torch.is_grad_enabled()))
+        self.dtypes.append(torch.get_default_dtype())
+        MARK.set("changed by a handler")
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_rule_14_a_deferred_handler_sees_the_settings_of_its_event(deferred: bool) -> None:
+    looks, executor = Looks(), DaskExecutor(defer=deferred)
+    raw = torch.ones(2, 1), torch.ones(2, 1)
+    with tiny_learner(looks, default_callbacks=False, executor=executor) as learner:
+        if not deferred:
+            looks.go_on.set()
+        for mark in ("first", "second"):
+            token = MARK.set(mark)
+            with torch.autocast("cpu", torch.bfloat16, enabled=mark == "second"), torch.device("cpu"):
+                learner.step(TrainingPhase, raw)
+            MARK.reset(token)
+        looks.go_on.set()
+        learner.flush()
+    enabled = [(one[0], one[1], one[3], one[4]) for one in looks.seen]
+    assert enabled == [("first", False, "cpu", False), ("second", True, "cpu", False)]
+    assert looks.seen[1][2] is torch.bfloat16
+
+
+def test_a_lane_leaves_the_default_dtype_of_training_alone() -> None:
+    """It is one for all threads: a lane that set it back to that of its first event would change training."""
+    looks = Looks()
+    raw = torch.ones(2, 1), torch.ones(2, 1)
+    with tiny_learner(looks, default_callbacks=False, executor=DaskExecutor(defer="always")) as learner:
+        looks.go_on.set()
+        learner.step(TrainingPhase, raw)
+        learner.flush()
+        torch.set_default_dtype(torch.float64)
+        try:
+            learner.step(TrainingPhase, raw)
+            learner.flush()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert looks.dtypes == [torch.float32, torch.float64]
+
+
+def test_rule_14_another_process_has_the_torch_state_of_each_event() -> None:
+    """The threads, autocast, inference mode and default dtype; context variables do not leave the process."""
+    looks = Looks()
+    looks.go_on.set()
+    made: list[Entry] = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled), torch.inference_mode(enabled):
+            state = TorchState.of_event()
+        made.append(Entry(len(made), 0, BatchEnd(), TrainingPhase(), {("batch", "loss"): 1.0}, 8, torch=state))
+    sent = load_entries(bytes(dump_entries([each._replace(context=contextvars.copy_context()) for each in made])))
+    assert [each.torch for each in sent] == [each.torch for each in made]
+    assert [each.context for each in sent] == [None, None]
+    result = run_entries([looks], job_of(looks), sent, "run", "Looks", seeded=True)
+    assert result.failure is None
+    assert [(one[1], one[4]) for one in looks.seen] == [(False, False), (True, False)]

@@ -66,7 +66,8 @@ def dump_entries(entries: Sequence[Entry], pickler: type[ValuePickler] = ValuePi
     """Return the events of a batch as bytes; a copy that several of them share is in there once."""
     payloads = [opened(entry.payload) for entry in entries]
     # The rows are plain tuples, because named tuples take many times as long to pickle.
-    rows = [(*entry[:4], payload, *entry[5:]) for entry, payload in zip(entries, payloads, strict=True)]
+    # Context variables stay here: most of them hold what only this process can use.
+    rows = [(*entry[:4], payload, *entry[5:9]) for entry, payload in zip(entries, payloads, strict=True)]
     return Encoded(rows, tails_of(payloads), pickler)
 
 

@@ -70,7 +70,8 @@ def _saved(lane: Lane) -> tuple[dict[str, Any] | None, str]:
         return None, f"{error.name} is not installed: pip install 'flowtrain[dask]'"
     entries, recorded = lane.unprocessed()
     try:
-        blob = bytes(dump_entries(entries, PlainPickler))
+        # The process that resumes has a torch state of its own, under which it processes the events.
+        blob = bytes(dump_entries([entry._replace(torch=None) for entry in entries], PlainPickler))
     except Exception as error:  # objects of the user define how they pickle, so anything may be raised
         return None, f"{type(error).__name__}: {error}"
     found = {

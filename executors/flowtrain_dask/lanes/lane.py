@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from contextvars import copy_context
 from typing import Any, Literal
 
 from flowtrain.callback.events import Event, FitEnd
@@ -35,6 +36,7 @@ from flowtrain_dask.lanes.report import LaneReport
 from flowtrain_dask.lanes.threads import LaneThreads
 from flowtrain_dask.lanes.transport import Abandoned, ClockNow, LaneContext, Transport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job, RecordWriter
+from flowtrain_dask.parallel.torch_state import TorchState
 
 __all__ = ["Lane", "OnError"]
 
@@ -152,7 +154,8 @@ class Lane:
                 return False
             waiting = number - queue.done  # events were done meanwhile
         total += nbytes
-        queue.put(Entry(number, handler, event, phase, payload, nbytes, seed, total))
+        surroundings = TorchState.of_event(), copy_context()
+        queue.put(Entry(number, handler, event, phase, payload, nbytes, seed, total, *surroundings))
         room = queue.largest - (total - queue.done_bytes)
         full = waiting + 1 == self._linger_events or -nbytes < room <= 0  # this event completes a full batch
         if full or self._asleep or self._context.pausing:

@@ -7,12 +7,13 @@ whose handler fails. `RecordWriter` writes the records in the process that train
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any, NamedTuple, TypeAlias
@@ -29,10 +30,11 @@ from flowtrain.errors import CancelException, raise_worst
 from flowtrain.graph.clock import IN_LANE, Clock, Mark, Track
 from flowtrain.graph.plan import Call, cancel_error
 from flowtrain.logging.backend import LoggerBackend
-from flowtrain.logging.records import Identity, collecting, deliver
+from flowtrain.logging.records import Collector, Identity, collecting, deliver
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.lanes.report import LaneCounts
+from flowtrain_dask.parallel.torch_state import TorchState
 from flowtrain_dask.snapshots.taker import Snapshot
 from flowtrain_dask.snapshots.view import Replica
 
@@ -43,7 +45,6 @@ __all__ = [
     "LaneHandler",
     "Record",
     "RecordWriter",
-    "Surroundings",
     "leave_stamps",
     "opened",
     "run_entries",
@@ -74,35 +75,6 @@ class LaneHandler:
         return f"{self.name}.{self.handler.attribute}"
 
 
-@dataclass(frozen=True)
-class Surroundings:
-    """The settings of torch for a process or thread on which results depend.
-
-    Attributes:
-        threads: The number of intra-op threads: a sum over another number of threads differs in its last bits.
-        dtype: The default dtype.
-    """
-
-    threads: int = field(default_factory=torch.get_num_threads)
-    dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
-
-    @contextlib.contextmanager
-    def applied(self) -> Generator[None, None, None]:
-        """Run a block with these settings, and without recording gradients."""
-        threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-        if threads != self.threads:
-            torch.set_num_threads(self.threads)
-        if dtype != self.dtype:
-            torch.set_default_dtype(self.dtype)
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            # The number of threads stays: later threads start with the last number that was set, see `TorchState.call`.
-            if dtype != self.dtype:
-                torch.set_default_dtype(dtype)
-
-
 @dataclass(frozen=True, eq=False)
 class Job:
     """The callbacks and handlers of a lane. A job can be sent to other processes.
@@ -114,7 +86,6 @@ class Job:
         backends: The logging backends that each callback holds; in another process these are copies.
         handlers: Its handlers; `Entry.handler` is a position among them.
         first: The number of its first event for `flowtrain.logging.records.identity`; not 0 in a run that is resumed.
-        surroundings: The torch settings for its handlers.
         draws: The callbacks that may draw random numbers, with the reason; empty if none does. Otherwise no thread
             beside training may run the lane.
     """
@@ -124,7 +95,6 @@ class Job:
     callbacks: tuple[str, ...]
     backends: tuple[tuple[LoggerBackend, ...], ...]
     handlers: tuple[LaneHandler, ...]
-    surroundings: Surroundings = field(default_factory=Surroundings)
     first: int = 0
     draws: str = ""
 
@@ -141,6 +111,8 @@ class Entry(NamedTuple):
         nbytes: How many bytes the payload holds that no other object holds.
         seed: The seed of the random numbers that the handler draws; ``None`` if it declares that it draws none.
         total: How many bytes all entries of the lane up to this one hold together.
+        torch: The torch state of the training thread at the event; ``None`` for the one where the handler runs.
+        context: The context variables of the training thread at the event. They do not leave the process.
     """
 
     sequence: int
@@ -151,6 +123,8 @@ class Entry(NamedTuple):
     nbytes: int
     seed: int | None = None
     total: int = 0
+    torch: TorchState | None = None
+    context: Context | None = None
 
 
 Record: TypeAlias = tuple[int, int, int, bytes]
@@ -263,41 +237,66 @@ def run_entries(
         lane: The name of the lane, for the same function.
         gate: Entered around each event.
         enough: Called after each event; if it returns ``True``, no further event is run.
-        seeded: Whether handlers draw random numbers from their seeds. It must be false in a thread beside training,
-            whose draws would be undone when the generators are put back.
+        seeded: Whether handlers draw random numbers from their seeds, and have the default dtype of their events. It
+            must be false in a thread beside training, which has the same generators and default dtype.
         timed: Whether the result is to have the time of each handler.
     """
     result = BatchResult()
     calls = _bound(callbacks, job)
     gate = nullcontext() if gate is None else gate
-    with job.surroundings.applied():
+    with torch.no_grad():
         for entry in entries:
             call, replica, callback = calls[entry.handler]
             identity = Identity(run, lane, job.first + entry.sequence)
-            seed = entry.seed if seeded else None
+            handle = partial(_handle, entry, call, replica, collecting(identity, job.backends[callback]), seeded)
             begin = time.perf_counter_ns() if timed else 0
             # The gate is entered for each event and not for the batch, so that a fork waits for one handler at most.
-            with gate, collecting(identity, job.backends[callback]) as collector:
-                try:
-                    view = replica.show(opened(entry.payload))
-                    if seed is None:
-                        call(entry.event, entry.phase, view)
-                    else:
-                        with _seeding, own_numbers(seed):
-                            call(entry.event, entry.phase, view)
-                except BaseException as failure:  # even `SystemExit`: it must not end the thread of lanes unnoticed
-                    result.failure = entry.sequence, _explained(failure, job, entry)
+            with gate:
+                records, failure = handle() if entry.context is None else entry.context.run(handle)
             # The records of a handler that failed count too, since a serial run has written them before the exception.
-            result.records += [(entry.sequence, callback, position, data) for position, data in collector.records]
+            result.records += [(entry.sequence, callback, position, data) for position, data in records]
             result.done += 1
             if timed:
                 result.times.append((begin, time.perf_counter_ns()))
             # After a failure the lane decides whether later events are run, so they are left to it.
-            if result.failure is not None or (enough is not None and enough()):
+            if failure is not None:
+                result.failure = entry.sequence, _explained(failure, job, entry)
+                del failure  # it holds the frames that hold the batch
+                break
+            if enough is not None and enough():
                 break
     for _, replica, _ in calls:  # a view would keep its last snapshot in memory until the next batch
         replica.clear()
     return result
+
+
+def _handle(
+    entry: Entry, call: Call, replica: Replica, collected: AbstractContextManager[Collector], seeded: bool
+) -> tuple[list[tuple[int, bytes]], BaseException | None]:
+    """Run a handler for an event, in the torch state of the event; return its records, and the exception if it failed.
+
+    Args:
+        entry: The event.
+        call: The handler.
+        replica: The learner as the handler sees it.
+        collected: Keeps the records.
+        seeded: As for `run_entries`.
+    """
+    state = TorchState.capture(deferred=True) if entry.torch is None else entry.torch
+    with collected as collector:
+        try:
+            view = replica.show(opened(entry.payload))
+            if not seeded:
+                state.call(call, entry.event, entry.phase, view)
+            elif entry.seed is None:
+                with state.dtype_set():
+                    state.call(call, entry.event, entry.phase, view)
+            else:
+                with state.dtype_set(), _seeding, own_numbers(entry.seed):
+                    state.call(call, entry.event, entry.phase, view)
+        except BaseException as failure:  # even `SystemExit`: it must not end the thread of lanes unnoticed
+            return collector.records, failure
+    return collector.records, None
 
 
 def leave_stamps(clock: Clock, job: Job, entries: Sequence[Entry], result: BatchResult, begin: int) -> None:

@@ -1,4 +1,4 @@
-"""The torch state of the training thread, given to handlers on other threads.
+"""The torch state of the training thread, given to handlers on other threads and in other processes.
 
 torch keeps most of its modes for each thread separately, and a new thread starts with the defaults: gradients on, no
 autocast, the first device and its default stream. `TorchState.capture` records the state of the calling thread, and
@@ -6,19 +6,22 @@ autocast, the first device and its default stream. `TorchState.capture` records 
 
 - grad mode and inference mode;
 - autocast: enabled or not, its dtype and its cache, for the CPU and the accelerator;
-- the default device (``torch.set_default_device`` and ``with torch.device(...)``), but not the default dtype, which is
-  one for all threads;
+- the default device (``torch.set_default_device`` and ``with torch.device(...)``);
+- the default dtype, which is one for all threads, so that only `TorchState.dtype_set` in another process sets it;
 - device and stream of the accelerator, once it is in use;
 - the number of intra-op threads: a sum over another number of threads differs in its last bits.
 
+A handler in a lane records no gradients, and its snapshot is in CPU memory. So its state has no stream, and no
+accelerator as the default device.
+
 If both threads have the same state, which is the common case, this costs one comparison. Context variables do not
-belong to torch: each strand runs in a copy of the caller's context (`flowtrain_dask.parallel.firing`).
+belong to torch: each strand and each deferred event runs in a copy of the context of the training thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Generator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ParamSpec
 
@@ -48,6 +51,7 @@ class TorchState:
         device: The default device; ``None`` if it was never set.
         stream: The current stream of the accelerator, which includes its device; ``None`` while there is none in use.
         threads: The number of intra-op threads.
+        dtype: The default dtype.
     """
 
     grad: bool
@@ -57,25 +61,22 @@ class TorchState:
     device: torch.device | None
     stream: torch.Stream | None
     threads: int
+    dtype: torch.dtype
 
     @staticmethod
-    def capture() -> TorchState:
-        """Return the state of the calling thread."""
-        return TorchState(
-            torch.is_grad_enabled(),
-            torch.is_inference_mode_enabled(),
-            tuple(
-                (kind, torch.get_autocast_dtype(kind))
-                for kind in _autocast_devices()
-                if torch.is_autocast_enabled(kind)
-            ),
-            torch.is_autocast_cache_enabled(),
-            # A default device is a mode on the stack, so an empty stack has none. Otherwise a new tensor tells it in 2
-            # microseconds; `torch.get_default_device` of torch 2.6 does not know ``with torch.device(...)``.
-            torch.empty(0).device if _modes() else None,
-            current_stream(),
-            torch.get_num_threads(),
-        )
+    def capture(*, deferred: bool = False) -> TorchState:
+        """Return the state of the calling thread for a handler; with `deferred`, for one that runs in a lane."""
+        return TorchState(*_settings(deferred))
+
+    @staticmethod
+    def of_event() -> TorchState:
+        """Return the state of the training thread for the handler of a deferred event."""
+        global _last
+        # Events share one object, which is quicker, and is sent to another process once for a batch.
+        settings = _settings(deferred=True)
+        if _last is None or settings != _last[0]:
+            _last = settings, TorchState(*settings)
+        return _last[1]
 
     def call(self, function: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
         """Call a function on this thread, in this state. The result of the function is dropped.
@@ -95,6 +96,19 @@ class TorchState:
         finally:
             if torch.get_num_threads() != self.threads:  # the function has changed it
                 torch.set_num_threads(self.threads)
+
+    @contextmanager
+    def dtype_set(self) -> Generator[None]:
+        """Give a context with this default dtype, in a process that does not train."""
+        before = torch.get_default_dtype()
+        if self.dtype == before:
+            yield
+            return
+        torch.set_default_dtype(self.dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
     def _enter(self, before: TorchState, stack: ExitStack) -> None:
         if self.threads != before.threads:
@@ -123,6 +137,31 @@ class TorchState:
         for kind in _autocast_devices():
             torch.set_autocast_enabled(kind, any(kind == each for each, _ in self.autocast))
         torch.set_autocast_cache_enabled(self.autocast_cache)
+
+
+_Settings = tuple[bool, bool, tuple[_Autocast, ...], bool, torch.device | None, torch.Stream | None, int, torch.dtype]
+
+_last: tuple[_Settings, TorchState] | None = None
+
+
+def _settings(deferred: bool) -> _Settings:
+    """Return the values of the attributes of `TorchState` on the calling thread."""
+    # A default device is a mode on the stack, so an empty stack has none. Otherwise a new tensor tells it in 2
+    # microseconds; `torch.get_default_device` of torch 2.6 does not know ``with torch.device(...)``.
+    device = torch.empty(0).device if _modes() else None
+    if deferred and device is not None and device.type not in ("cpu", "meta"):
+        device = None
+    kinds = [kind for kind in _autocast_devices() if torch.is_autocast_enabled(kind)]
+    return (
+        not deferred and torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        tuple([(kind, torch.get_autocast_dtype(kind)) for kind in kinds]),
+        torch.is_autocast_cache_enabled(),
+        device,
+        None if deferred else current_stream(),
+        torch.get_num_threads(),
+        torch.get_default_dtype(),
+    )
 
 
 _devices: tuple[str, ...] = ()

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from flowtrain import BatchEnd, Callback, LearnerView, Phase, TrainingPhase, on
 from flowtrain.logging.records import Identity, identity
-from flowtrain_dask.lanes.work import Entry, Surroundings, run_entries
+from flowtrain_dask.lanes.work import Entry, run_entries
+from flowtrain_dask.parallel.torch_state import TorchState
 from tests.support.lanes import job_of
 
 
@@ -48,10 +51,16 @@ def test_events_have_their_identity_and_count_on_in_a_resumed_run() -> None:
 def test_handlers_run_in_the_surroundings_of_the_training_thread() -> None:
     """Rule 14: default dtype as there, no gradients; and the thread is left as it was."""
     callback = Watcher()
-    surroundings = Surroundings(threads=torch.get_num_threads(), dtype=torch.float64)
-    run_entries([callback], job_of(callback, surroundings=surroundings), entries(1), "run", "Watcher")
-    [(_, _, dtype, grad)] = callback.seen
-    assert (dtype, grad) == (torch.float64, False)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        state = TorchState.of_event()
+    finally:
+        torch.set_default_dtype(before)
+    run = partial(run_entries, [callback], job_of(callback), [entries(1)[0]._replace(torch=state)], "run", "Watcher")
+    run(seeded=True)  # a process of its own
+    run()  # beside training, which has the default dtype of all threads
+    assert [(dtype, grad) for _, _, dtype, grad in callback.seen] == [(torch.float64, False), (torch.float32, False)]
     assert torch.get_default_dtype() is torch.float32
     assert torch.is_grad_enabled()
 
