@@ -92,8 +92,10 @@ class LearnerView:
     ) -> None:
         """Ask the loop for a checkpoint, which it takes when the current event has ended and no batch is open.
 
-        The request is dropped if the event raises an error. `flowtrain.callbacks.Checkpointer` keeps a folder of
-        checkpoints. A checkpoint counts as *finite* if the parameters that are trained and the last loss are finite.
+        The request is dropped if the event raises an error. Several processes refuse it unless the class says
+        `Callback.may_checkpoint`, and all of them must request the same checkpoint. `flowtrain.callbacks.Checkpointer`
+        keeps a folder of checkpoints. A checkpoint counts as *finite* if the parameters that are trained and the last
+        loss are finite.
 
         Args:
             path: The file to write. If the checkpoint is finite, the file ``latest`` in its folder names it.

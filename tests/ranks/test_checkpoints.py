@@ -378,3 +378,43 @@ def ask_lonely(path: str, event: type[Event], phase: type[Phase]) -> End:
     dist.init_process_group("gloo")
     cancels = [Alone(BatchBegin, TrainingPhase, "batch", nth) for nth in (1, 2)]
     return fit(*cancels, AsksAlone(path, event, phase, 0), core=TorchCore(device="cpu"))
+
+
+class Unable(Saves):
+    """Cannot give its state, or not decide about a checkpoint, on rank 1."""
+
+    def __init__(self, folder: str, what: str) -> None:
+        super().__init__(folder)
+        self.what = what
+
+    def decide(self, finite: bool) -> tuple[bool, list[str]]:
+        if self.what == "decide" and rank():
+            raise ValueError("only here")
+        return False, []
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.what == "state_dict" and rank():
+            raise ValueError("only here")
+        return {}
+
+    @on(BatchEnd, TrainingPhase)
+    def save(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        for name in ("a.ckpt", "b.ckpt"):
+            learner.request_checkpoint(Path(self.folder) / name, decide=self.decide)
+
+
+def unable(folder: str, what: str) -> End:
+    dist.init_process_group("gloo")
+    return fit(Unable(folder, what), core=TorchCore(device="cpu"))
+
+
+@pytest.mark.parametrize("what", ["state_dict", "decide"])
+def test_a_callback_that_fails_within_a_checkpoint_on_one_rank_makes_none_wait(
+    what: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    zero, one = returned(ranks.run_on(2, 15, unable, str(tmp_path), what))
+    assert zero.error is not None
+    assert one.error is not None
+    assert (zero.error.kind, one.error.kind) == ("CheckpointError", "ValueError")
+    assert zero.error.text == "rank 1: ValueError: only here"
+    assert list(tmp_path.iterdir()) == []

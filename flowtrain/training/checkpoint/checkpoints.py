@@ -161,16 +161,18 @@ class Checkpoints:
     def _begin(self, requests: Sequence[CheckpointRequest]) -> None:
         """Copy the state for each request, after waiting for the previous write, and begin to write the copies."""
         finite = self._parts.begin(self._is_finite())
+        failures, undecided = Failures(), Failures()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
-        failures = Failures()
-        for request in [request.decided(finite) for request in requests]:
+        decided = [undecided.attempt(request.decided, finite) or request for request in requests]
+        for request in decided:
             with failures:  # raised below, after the other checkpoints are taken
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
-                own = partial(self._gather, request.judged)
+                own = partial(self._gather_decided, request.judged, undecided)
                 gathered = self._parts.gather(own) if self._again is None else put_together(self._again)
                 run = {**gathered["run"], "folder": real_path(place(request.path).parent)}
                 self._parts.write(self.writer, {**gathered, "finite": finite, "run": run}, request)
+        undecided.drop()  # see `flowtrain.errors.raise_worst`
         failures.raise_worst()
 
     def _is_finite(self) -> bool:
@@ -214,6 +216,11 @@ class Checkpoints:
     def close(self) -> None:
         """Drop the references to models and optimizers, so that a closed learner does not keep them alive."""
         del self.changes
+
+    def _gather_decided(self, judged: bool, undecided: Failures) -> dict[str, Any]:
+        if undecided.worst is not None:  # raised only here, where `Parts.gather` tells the other ranks
+            raise undecided.worst
+        return self._gather(judged)
 
     def _gather(self, judged: bool) -> dict[str, Any]:
         packer = Packer()

@@ -45,7 +45,8 @@ class Parts(Protocol):
         """Return the contents of a checkpoint, made of what `own` returns on each rank.
 
         Raises:
-            CheckpointError: The state of a rank cannot be saved.
+            Exception: What `own` has raised on this rank.
+            CheckpointError: The state of another rank cannot be saved.
         """
         ...
 

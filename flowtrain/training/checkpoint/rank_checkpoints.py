@@ -81,7 +81,7 @@ class RankParts:
             failure: The error that has dropped them; ``None`` if the other ranks know of it, and compare nothing.
         """
         if self._missed and failure is not None and not self._world.lost:
-            self._world.exchange(_Asks((), f"{type(failure).__name__}: {failure}"))
+            self._world.exchange(_Asks((), _reason(failure)))
         self._missed = self._refused = False
 
     def compare(self, requests: Sequence[CheckpointRequest]) -> None:
@@ -112,16 +112,12 @@ class RankParts:
 
     def gather(self, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """See `Parts.gather`. Ranks other than the main one get what they would write alone."""
-        failure: CheckpointError | None = None
-        contents: dict[str, Any] = {}
-        try:
-            contents = own()
-        except CheckpointError as raised:
-            failure = raised
-        known = digests(contents) if self._world.main and failure is None else {}
-        found = self._world.exchange(("" if failure is None else str(failure), known, secrets.token_hex(4)))
-        if failure is not None:
-            raise failure
+        failures = Failures()
+        contents = failures.attempt(own)
+        known = digests(contents) if self._world.main and contents is not None else {}
+        found = self._world.exchange((_reason(failures.worst), known, secrets.token_hex(4)))
+        failures.raise_worst()
+        assert contents is not None
         wrong = [f"rank {rank}: {reason}" for rank, (reason, _, _) in enumerate(found) if reason]
         if wrong:
             raise CheckpointError("; ".join(wrong))
@@ -218,6 +214,13 @@ class RankParts:
             random.seed(seed)
             if "numpy" in sys.modules:
                 sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _reason(failure: BaseException | None) -> str:
+    """Return the failure of a rank for the others; the text of an error of checkpoints alone, empty without one."""
+    if failure is None or isinstance(failure, CheckpointError):
+        return "" if failure is None else str(failure)
+    return f"{type(failure).__name__}: {failure}"
 
 
 def _described(request: CheckpointRequest) -> str:
