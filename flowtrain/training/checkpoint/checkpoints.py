@@ -102,9 +102,8 @@ class Checkpoints:
         self.saved: list[Place] = []
         self.showing_judged: list[Callback] = []
         self._state, self._core, self._scopes, self._sinks = state, core, scopes, sinks
-        self._executor = executor
+        self._executor, self._mailbox, self._parts = executor, mailbox, parts
         self._resumable = executor if isinstance(executor, Resumable) else None
-        self._mailbox, self._parts = mailbox, parts
         self._buffers = Buffers()
         self._on_interrupt: list[CheckpointRequest] = []  # requests that only an interrupt carries out
         self._waiting: list[CheckpointRequest] = []  # requests that wait for the end of the open batch
@@ -119,8 +118,7 @@ class Checkpoints:
         Raises:
             CheckpointError: The state holds an object that a checkpoint cannot, or the previous checkpoint could not
                 be written.
-            RankError: See `Parts.compare`.
-            RemoteError: See `Parts.compare`.
+            RankError, RemoteError: See `Parts.compare`.
         """
         if self._scopes.batch == OPEN:
             self._waiting += requests
