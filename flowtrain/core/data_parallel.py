@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from flowtrain.core.replica import FLAGS
+from flowtrain.core.settings import Settings
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
@@ -41,7 +42,7 @@ def check_unwrapped(modules: Iterable[torch.nn.Module]) -> None:
     Raises:
         CoreError: A model is a `DistributedDataParallel`.
     """
-    if any(isinstance(module, DistributedDataParallel) for module in modules):
+    if any(isinstance(inner, DistributedDataParallel) for module in modules for inner in module.modules()):
         raise CoreError(
             "The model is wrapped in DistributedDataParallel, and the learner wraps it itself: it needs the module to "
             "evaluate, and to write checkpoints whose names do not begin with 'module.'. Pass the module, and "
@@ -103,7 +104,7 @@ class DataParallel:
         losses: The loss function, if it is a module.
         call: The function that runs the model without a name; ``None`` if there is none.
         device: The device of the models.
-        options: The arguments of the user for DDP.
+        settings: The settings of the core.
 
     Attributes:
         runs_bundled_steps: See `Replica.runs_bundled_steps`: true if there is one model without a name.
@@ -119,9 +120,9 @@ class DataParallel:
         losses: Sequence[torch.nn.Module],
         call: Callable[..., Any] | None,
         device: torch.device,
-        options: Mapping[str, Any] | None,
+        settings: Settings,
     ) -> None:
-        options = options or {}
+        options = settings.ddp or {}
         self._modules = [*models.values(), *losses]
         check_unwrapped(self._modules)
         self._world, self._device = world, device
@@ -137,26 +138,28 @@ class DataParallel:
         by_gradient = on_cpu and call is not None and not looks
         self._flags = torch.nn.Parameter(torch.zeros(FLAGS)) if by_gradient else None
         self._sent = torch.tensor([float(world.main), *[0.0] * (FLAGS - 1)])
-        self._trained: list[bool] = []
+        self._trained: list[tuple[int, bool]] = []  # of the parameters that DDP was made for, and keeps alive
         self._wrapped = _Trained(self._modules, call, self._flags) if call is not None else None
         self._ddp: Any = None
-        equalise(world, self._modules)
+        equalise(world, self._modules, settings)
 
     def watch_nan(self, seen: torch.Tensor | None) -> None:
         """See `Replica.watch_nan`: the guard of all ranks skips the update then."""
         self._nan_seen = seen
 
     def prepare(self) -> None:
-        """See `Replica.prepare`: all ranks wrap the model again if other parameters are trained than before."""
-        if self._wrapped is None:
-            return
-        trained = [param.requires_grad for param in self._wrapped.parameters()]
-        if trained != self._trained:
-            self._trained, self._ddp = trained, None
+        """See `Replica.prepare`: all ranks wrap the model again if it has other parameters, or trains others."""
+        if self._wrapped is not None and not self.prepared:
+            self._trained, self._ddp = _trained(self._wrapped), None
             local = None if self._device.type == "cpu" else [self._device]
             self._ddp = self._world.guarded(
                 DistributedDataParallel, self._wrapped, device_ids=local, **{_SYNC_BUFFERS: False, **self._options}
             )
+
+    @property
+    def prepared(self) -> bool:
+        """See `Replica.prepared`."""
+        return self._wrapped is None or _trained(self._wrapped) == self._trained
 
     def model(self, *inputs: Any, **named: Any) -> Any:
         """See `Replica.model`."""
@@ -263,6 +266,11 @@ class DataParallel:
         send_buffers(self._world, self._modules)
 
 
+def _trained(module: torch.nn.Module) -> list[tuple[int, bool]]:
+    """Return which parameters a module has, and which of them are trained."""
+    return [(id(param), param.requires_grad) for param in module.parameters()]
+
+
 def share_nan(world: World, seen: torch.Tensor | None) -> None:
     """Set the tensor of `Replica.watch_nan` to 1 on all ranks if it is 1 on one of them; ``None`` is not sent."""
     if seen is not None:
@@ -274,11 +282,12 @@ def send_buffers(world: World, modules: Iterable[torch.nn.Module]) -> None:
     _send_to_all(world, [buffer for module in modules for buffer in module.buffers()])
 
 
-def equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:
+def equalise(world: World, modules: Sequence[torch.nn.Module], settings: Settings) -> None:
     """Set the parameters and buffers of all ranks to those of the main rank.
 
     Raises:
-        CoreError: The modules of a rank have other parameters or buffers than those of the main rank.
+        CoreError: The modules of a rank have other parameters or buffers than those of the main rank, or its settings
+            are others.
     """
     lazy = [name for module in modules for name, param in module.named_parameters() if is_lazy(param)]
     if lazy:
@@ -292,8 +301,14 @@ def equalise(world: World, modules: Sequence[torch.nn.Module]) -> None:
         for name, tensor in (*module.named_parameters(), *module.named_buffers())
     ]
     shapes = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-    main, *others = world.exchange(shapes)
-    for rank, found in enumerate(others, 1):
+    (wanted, main), *others = world.exchange((settings.of_all_ranks(), shapes))
+    for rank, (chosen, found) in enumerate(others, 1):
+        unlike = next((name for name in wanted if chosen[name] != wanted[name]), None)
+        if unlike is not None:
+            raise CoreError(
+                f"All ranks train with the same settings, and rank {rank} has TorchCore({unlike}={chosen[unlike]}) "
+                f"where the main rank has {unlike}={wanted[unlike]}. Pass the same value on every rank."
+            )
         if found != main:
             pairs = zip([*found, None], [*main, None], strict=False)
             other, expected = next(((a, b) for a, b in pairs if a != b), (None, None))

@@ -62,6 +62,11 @@ class Replica(Protocol):
     def prepare(self) -> None:
         """Be ready for a batch; all ranks call this when other parameters may be trained than before."""
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the models train the same parameters as at the last call of `prepare`."""
+        ...
+
     def set_gradient_sync(self, wanted: bool) -> None:
         """Say whether the gradients of the next batch travel: not if its accumulation group has further batches."""
 
@@ -116,7 +121,7 @@ class Single:
 
     runs_bundled_steps = forward_is_collective = False
     unsent: UnsentGradients | None = None
-    syncs_gradients = has_sync_point = True
+    syncs_gradients = has_sync_point = prepared = True
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self.model = model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, fields
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
@@ -15,7 +15,7 @@ from flowtrain.core.prefetch import Transfer
 from flowtrain.core.world import Parallel
 from flowtrain.errors import CoreError, is_a, is_positive, whole_number
 
-__all__ = ["Settings", "Shard", "setting"]
+__all__ = ["Settings", "Shard", "setting", "text_of"]
 
 Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
 """Which submodules are units of their own: those of one class or of several, or those that a function chooses."""
@@ -90,6 +90,32 @@ class Settings:
         if self.parallel == "fsdp" and self.ddp is not None:
             raise CoreError(f"ddp={self.ddp!r} is for parallel='ddp'. Write fsdp={{...}} with parallel='fsdp'.")
         _check_fsdp(self.parallel, self.shard, self.fsdp, self.precision, self.compile)
+
+    def of_all_ranks(self) -> dict[str, str]:
+        """Return the settings that must be the same on all ranks, by name, as texts that are the same in every process.
+
+        A rank with another one would compute other weights, or would wait for the others at another place.
+        """
+        own = ("device", "prefetch", "tf32")
+        found = {each.name: text_of(getattr(self, each.name)) for each in fields(self) if each.name not in own}
+        return found | {"parallel": text_of("ddp" if self.parallel == "auto" else self.parallel)}
+
+
+def text_of(value: object) -> str:
+    """Return a value as a text that is the same in every process.
+
+    That is the `repr` of plain values. Any other value is told by its name or type, since a `repr` may hold an address.
+
+    >>> text_of({"betas": (0.9, 0.99), "fused": None}), text_of(torch.nn.Linear), text_of(torch.nn.ReLU())
+    ("{'betas': (0.9, 0.99), 'fused': None}", 'Linear', 'ReLU')
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name!r}: {text_of(each)}" for name, each in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "(" + ", ".join(map(text_of, value)) + ")"
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
 
 
 def setting(name: str) -> property:

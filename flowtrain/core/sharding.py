@@ -88,6 +88,7 @@ class Sharded:
 
     # All ranks gather in each forward pass, so each batch has a sync point.
     runs_bundled_steps = forward_is_collective = has_sync_point = True
+    prepared = True  # units see by themselves which parameters are trained
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class Sharded:
         self._world = world
         self._call: Callable[..., Any] = model
         self._root: Any = model
-        self._units: list[Any] = _shard(world, model, device, settings.shard, settings.fsdp or {}, wanted)
+        self._units: list[Any] = _shard(world, model, device, settings, wanted)
         self.unsent = UnsentGradients(world, self._units)
         self._running: list[int] = []  # the units that have run in the present forward pass, by their numbers
         self._orders: dict[bool, list[int]] = {}  # the units of a complete forward pass, by whether it was training
@@ -190,7 +191,7 @@ class Sharded:
         """See `Replica.skip_unsent_batch`. There is nothing to do: each batch has a sync point, and it is over."""
 
     def prepare(self) -> None:
-        """See `Replica.prepare`. There is nothing to do: units see by themselves which parameters are trained."""
+        """See `Replica.prepare`. There is nothing to do."""
 
     def watch_nan(self, seen: torch.Tensor | None) -> None:
         """See `Replica.watch_nan`: a NaN of one rank is in the gradients of all, so the guard of all must skip it."""
@@ -253,8 +254,7 @@ def _shard(
     world: World,
     model: torch.nn.Module,
     device: torch.device,
-    shard: Shard | None,
-    options: Mapping[str, Any],
+    settings: Settings,
     wanted: Any,
 ) -> list[Any]:
     """Shard a model in place, and return its units; `Sharded` describes the arguments and the errors."""
@@ -268,6 +268,7 @@ def _shard(
             f"parallel='fsdp' needs a newer torch than {torch.__version__}, in which FSDPModule has reset_iter_state: "
             f"a cancelled batch could not be left without it. Update torch, or write parallel='ddp'."
         )
+    shard, options = settings.shard, settings.fsdp or {}
     known = [name for name in inspect.signature(fully_shard).parameters if name not in ("module", "ignored_params")]
     for name in options:
         if name not in known:
@@ -285,7 +286,7 @@ def _shard(
     _check_options(world, device, options)
     chosen = _units(model, shard)
     _check_before(wanted)
-    equalise(world, [model])
+    equalise(world, [model], settings)
     given = dict(options)
     if "mesh" not in given:
         given["mesh"] = init_device_mesh(device.type, (world.size,))

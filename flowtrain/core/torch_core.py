@@ -206,8 +206,8 @@ class TorchCore:
             sharded.run_by(self.model)
             self.replica, self.model = sharded, sharded.model
         elif self.world is not None:
-            call, options = self.model if "" in self.models else None, self.settings.ddp
-            self.replica = DataParallel(self.world, self.models, self._loss_modules, call, self.device, options)
+            call = self.model if "" in self.models else None
+            self.replica = DataParallel(self.world, self.models, self._loss_modules, call, self.device, self.settings)
         self.use_optimizers(state, made)
 
     def make_optimizers(self, wanted: Any) -> dict[str, Any]:

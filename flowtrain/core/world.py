@@ -117,7 +117,7 @@ class World:
         try:
             return collective(*args, **named)
         except RuntimeError as error:
-            if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _OF_A_CONNECTION):
+            if not _of_a_connection(error):
                 raise  # an error of the computation, as in a backward pass, during which gradients travel
             self.lost = True
             cause = str(error).partition("\n")[0]
@@ -160,6 +160,24 @@ def _unpacked(parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> list[Any]:
 
 _OF_A_CONNECTION = ("/gloo/", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
 """Words in the errors that torch raises when a rank has ended or does not answer; gloo has no type for them."""
+
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+"""The folder of torch."""
+
+
+def _of_a_connection(error: RuntimeError) -> bool:
+    """Tell whether an error says that a rank has ended or does not answer.
+
+    A model may raise an error with the same words, as for a server that it asks. Such an error comes from a line
+    outside of torch, and the other ranks must be told of it.
+    """
+    if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _OF_A_CONNECTION):
+        return False
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is None or trace.tb_frame.f_code.co_filename.startswith((_TORCH, __file__))
+
 
 _LOST = (
     "rank {rank} of {size} waits for another rank that has ended, or stands still for longer than the time-out of the "

@@ -126,6 +126,7 @@ class Share:
         remedy: What to write if the loader gives all ranks the same samples; empty if that is impossible.
         least: The smallest number of batches that a rank gets; ``None`` if it is not known.
         inner: For a `CombinedLoader` the shares of its loaders, by name or place.
+        divided: The samples that all ranks divide, as a text, which must be the same on all of them.
     """
 
     loader: Any
@@ -133,6 +134,12 @@ class Share:
     remedy: str = ""
     least: int | None = None
     inner: tuple[tuple[Any, Share], ...] = ()
+    divided: str = "batches of its own"
+
+    @property
+    def whole(self) -> str:
+        """The samples that all ranks divide, as a text; for a `CombinedLoader` those of each of its loaders."""
+        return ", ".join(f"{name}: {share.whole}" for name, share in self.inner) or self.divided
 
     def fingerprints(self, raw: Any) -> tuple[str, ...]:
         """Return the fingerprints of the parts of a batch that may be the same on all ranks.
@@ -235,7 +242,8 @@ class LoaderDivider:
                 f"most {sampler.share_of(0)} of {len(sampler.source)} samples, and a batch with drop_last=True has "
                 f"{divided.batch_size}. Use fewer ranks, a smaller batch_size, or drop_last=False."
             )
-        return Share(made, (_note(what, sampler, most, least),), least=least)
+        divided = f"{len(sampler.source)} samples of a {type(sampler.source).__name__}"
+        return Share(made, (_note(what, sampler, most, least),), least=least, divided=divided)
 
     def _divide(self, sampler: Any, what: str, training: bool, drop_last: bool) -> Any:
         """Return the sampler of this rank, which may be `sampler` itself; ``None`` if it cannot be divided."""

@@ -220,10 +220,11 @@ def test_shared_state_that_differs_is_an_error_at_the_end_of_the_epoch(ranks: Ra
     assert ranks.values(total, own=False) == [2, 2]
 
 
-def wrap(parallel: Any) -> Any:
+def wrap(parallel: Any, inside: bool = False) -> Any:
     torch.manual_seed(0)
     torch.distributed.init_process_group("gloo")
-    wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+    wrapped: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 1))
+    wrapped = torch.nn.Sequential(wrapped) if inside else wrapped
     core = TorchCore(device="cpu", parallel=parallel)
     data = [(torch.randn(4, 3), torch.randn(4, 1))]
     Learner(wrapped, torch.nn.functional.mse_loss, data=data, core=core, default_callbacks=False).fit(1)
@@ -231,7 +232,7 @@ def wrap(parallel: Any) -> Any:
 
 
 def test_a_model_that_the_user_has_wrapped_is_refused_or_taken_as_it_is(ranks: Ranks) -> None:
-    for outcome in ranks.run(wrap, "auto"):
+    for outcome in (*ranks.run(wrap, "auto"), *ranks.run(wrap, "auto", inside=True)):
         assert outcome.ended == "CoreError"
         assert outcome.error is not None
         assert outcome.error.text.startswith("The model is wrapped in DistributedDataParallel, and the learner wraps")

@@ -12,12 +12,12 @@ import os
 import signal
 import subprocess
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -70,6 +70,21 @@ LATE: list[type[Event]] = [UpdateEnd, BatchEnd]
 AROUND: list[type[Event]] = [FitBegin, EpochBegin, EpochEnd, FitEnd]
 VALIDATING: list[type[Event]] = [EpochBegin, BatchBegin, LossBegin, BatchEnd, EpochEnd]
 CANCELS = ["batch", "epoch", "fit"]
+
+
+class Asks(nn.Module):
+    """The usual model; on rank 1 it raises the error of a server that it asks, in its n-th call."""
+
+    def __init__(self, training: bool, nth: int) -> None:
+        super().__init__()
+        self.inner, self.kind, self.left = model(), training, nth
+
+    def forward(self, inputs: Tensor) -> Any:
+        if self.training is self.kind and rank() == 1:
+            self.left -= 1
+            if not self.left:
+                raise RuntimeError("Connection reset by peer")
+        return self.inner(inputs)
 
 
 Result = tuple[End, dict[str, Any]]
@@ -250,6 +265,21 @@ def test_an_error_of_a_loader_ends_all(place: str, ranks: Ranks) -> None:
     assert zero.unlike(one) == []
     check_error(zero, one)
     assert differing(zero.weights, expected) == []
+
+
+def ask_a_server(parallel: Literal["ddp", "fsdp"], training: bool, nth: int) -> None:
+    fit(model=Asks(training, nth), core=TorchCore(device="cpu", parallel=parallel), raises=True)
+
+
+@pytest.mark.parametrize(("training", "nth"), [(True, 1), (True, 2), (False, 1)])
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_an_error_with_the_words_of_a_lost_connection_is_that_of_the_model(
+    parallel: Literal["ddp", "fsdp"], training: bool, nth: int, ranks: Ranks
+) -> None:
+    zero, one = ranks.run_on(2, TIME, ask_a_server, parallel, training, nth)
+    assert (zero.ended, one.ended) == ("RemoteError", "RuntimeError")
+    assert zero.error is not None
+    assert "rank 1: RuntimeError: Connection reset by peer" in zero.error.text
 
 
 def test_an_error_of_an_optimizer_ends_all(ranks: Ranks) -> None:

@@ -16,9 +16,11 @@ from torch.nn.functional import mse_loss
 from flowtrain import (
     AbstractTrainingPhase,
     Access,
+    BatchBegin,
     BatchEnd,
     Callback,
     CancelBatchException,
+    Event,
     Learner,
     LearnerView,
     StepContext,
@@ -134,33 +136,41 @@ def test_a_checkpoint_that_the_main_rank_alone_requests_is_refused(ranks: Ranks,
 
 
 class Thaw(Callback):
-    """Trains the first layer from the second batch on."""
+    """Trains the first layer from the second batch on: changes it at the end of that batch, or at its begin."""
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, event: type[Event]) -> None:
+        self.count, self.event = 0, event
 
     def state_access(self) -> Access:
         return {"model": Write()}
 
-    @on(BatchEnd, TrainingPhase)
-    def thaw(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
-        self.count += 1
+    @on(Event, TrainingPhase)
+    def thaw(self, event: Event, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.count += isinstance(event, self.event)
         if self.count == 2:
             learner.model.requires_grad_(self.count == 2)
 
 
-def thaw() -> Any:
+def thaw(event: type[Event]) -> Any:
     made = model()
     made[0].requires_grad_(False)
     before = weights(made[0])
-    learner(made, Thaw()).fit(1)
+    learner(made, Thaw(event)).fit(1)
     return before != weights(made[0]), weights(made)
 
 
 def test_a_layer_that_is_thawed_within_an_epoch_trains_alike(ranks: Ranks) -> None:
-    one, two = ranks.values(thaw)
+    one, two = ranks.values(thaw, BatchEnd)
     assert one[0]
     assert one == two
+
+
+def test_a_layer_that_is_thawed_after_the_begin_of_a_batch_is_refused(ranks: Ranks) -> None:
+    """DDP was made for other parameters, so each rank would have made this update with gradients of its own."""
+    for outcome in ranks.run(thaw, BatchBegin):
+        assert outcome.ended == "CoreError"
+        assert outcome.error is not None
+        assert outcome.error.text.startswith("A callback has changed, at the begin of a batch, which parameters the")
 
 
 def steps() -> Any:

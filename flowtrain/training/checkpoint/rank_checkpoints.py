@@ -28,7 +28,8 @@ from flowtrain.core.replica import Replica
 from flowtrain.core.world import World
 from flowtrain.data.rank_batches import fingerprint
 from flowtrain.errors import CheckpointError, RankError, RemoteError
-from flowtrain.state.learner_state import LearnerState
+from flowtrain.graph.plan_texts import Description, first_difference
+from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.files import Writer, save, write_whole
 from flowtrain.training.checkpoint.rank_parts import check_size, digests, part_of, reduced
 from flowtrain.training.checkpoint.reading import IN_PIECES, find_file
@@ -36,7 +37,7 @@ from flowtrain.training.checkpoint.remote import Remote, place
 from flowtrain.training.checkpoint.shard_files import shard_folder, shard_name
 from flowtrain.training.failures import Failures
 
-__all__ = ["RankParts"]
+__all__ = ["RankParts", "check_shapes"]
 
 
 class _Asks(NamedTuple):
@@ -49,6 +50,23 @@ class _Asks(NamedTuple):
 
     requests: tuple[str, ...]
     reason: str
+
+
+def check_shapes(found: Sequence[Description]) -> None:
+    """Check that the buffers of the main rank can be sent to all others.
+
+    Args:
+        found: The `RankParts.shapes` of all ranks, in their order.
+
+    Raises:
+        RankError: A rank has other buffers than the main rank, or of other shapes.
+    """
+    difference = first_difference(found) if found else ""
+    if difference:
+        raise RankError(
+            f"The ranks have different buffers, and those of the main rank are sent to all: {difference}. Let every "
+            f"rank make or enlarge a buffer in the same batch; or keep the tensor in an attribute that is no buffer."
+        )
 
 
 class RankParts:
@@ -106,9 +124,16 @@ class RankParts:
 
     def begin(self, finite: bool) -> bool:
         """See `Parts.begin`. The buffers of all ranks are those of the main rank from here on."""
-        found = self._world.exchange(finite)
+        found = self._world.exchange((finite, self.shapes()))
+        check_shapes([shapes for _, shapes in found])
         self._replica.share_buffers()
-        return all(found)
+        return all(each for each, _ in found)
+
+    def shapes(self) -> Description:
+        """Return the shapes of all buffers by path, which `check_shapes` compares before the buffers are sent."""
+        models = by_name(self._state.model).items()
+        named = (pair for root, model in models for pair in model.named_buffers(root))
+        return [(f"model.{name}", f"{buffer.dtype} of shape {tuple(buffer.shape)}") for name, buffer in named]
 
     def gather(self, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """See `Parts.gather`. Ranks other than the main one get what they would write alone."""

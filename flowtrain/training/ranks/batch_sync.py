@@ -131,7 +131,23 @@ class BatchSync:
         replica.set_gradient_sync(self._core.groups.fills)
         if not replica.has_sync_point:
             points.expect(self._question(phase, in_group=True))
-        return replica.model, partial(self._backward, phase), partial(self._update, update)
+        model = self._run_prepared if self._writes else replica.model
+        return model, partial(self._backward, phase), partial(self._update, update)
+
+    def _run_prepared(self, *inputs: Any, **named: Any) -> Any:
+        """Run the model, whose parameters a handler may have changed since the batch has begun.
+
+        Raises:
+            CoreError: A handler has changed which parameters there are, or which of them are trained. The others may
+                not have come there, so the ranks cannot prepare again within the batch.
+        """
+        if not self._replica.prepared:
+            raise CoreError(
+                "A callback has changed, at the begin of a batch, which parameters the model has or which of them are "
+                "trained (requires_grad). On several ranks their gradients would not be averaged in this batch. Change "
+                "them at BatchEnd or at EpochBegin."
+            )
+        return self._replica.model(*inputs, **named)
 
     def _backward(self, phase: Phase, loss: torch.Tensor) -> None:
         """Run the backward pass, with the sync point of the batch if there is one in it."""

@@ -24,6 +24,7 @@ from flowtrain.data.loaders import END_OF_DATA
 from flowtrain.data.rank_batches import agreed_length, check_ends
 from flowtrain.data.rank_loaders import LoaderDivider, Share, check_first_batches
 from flowtrain.errors import CancelEpochException, CancelException, DataError
+from flowtrain.graph.plan_texts import Description
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rank_checkpoints import RankParts
 from flowtrain.training.ranks.batch_sync import BatchSync
@@ -68,6 +69,10 @@ class RankBatches:
             for note in share.notes:
                 self._say(note)
         return found
+
+    def describe(self) -> Description:
+        """Return the data of all phases as lines that the ranks compare."""
+        return [(repr(phase), share.whole) for phase, share in self._shares.items()]
 
     def begin_fit(self) -> None:
         """Compare the first batches of all ranks once more."""

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
+from flowtrain.core.settings import text_of
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.core.world import World
 from flowtrain.data.rank_batches import fingerprint
@@ -22,12 +23,12 @@ from flowtrain.errors import (
     DivergedError,
     RankError,
 )
-from flowtrain.graph.plan_texts import first_difference
+from flowtrain.graph.plan_texts import Description, first_difference
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.encoding import Packer
-from flowtrain.state.learner_state import LearnerState
-from flowtrain.training.checkpoint.rank_checkpoints import RankParts
+from flowtrain.state.learner_state import LearnerState, by_name
+from flowtrain.training.checkpoint.rank_checkpoints import RankParts, check_shapes
 from flowtrain.training.checkpoint.reading import own_version
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.failures import Failures
@@ -37,6 +38,29 @@ from flowtrain.training.ranks.sync_points import FIT_END, SyncPoints
 from flowtrain.training.scopes import Scopes
 
 __all__ = ["Ranks"]
+
+
+class _Begun(NamedTuple):
+    """The beginning of a fit on one rank: its number of updates, if it is known, and what all ranks must have alike."""
+
+    updates: int | None
+    models: Description
+    callbacks: Description
+    optimizers: Description
+    data: Description
+    versions: str
+
+
+_ALIKE: Final = {
+    "models": "Make, freeze (requires_grad_(False)) and change the same model on every rank.",
+    "callbacks": 'Give the learner the same callbacks, in the same order, on every rank; with ranks = "main" one of '
+    "them runs on the main rank only.",
+    "optimizers": "They would make different updates. Make the same optimizer on every rank, and change it on all of "
+    "them.",
+    "data": "flowtrain gives each rank its share of one dataset. Pass the same dataset and sampler on every rank; or, "
+    "for data of each rank's own, a list of batches, an IterableDataset, or a sampler of your own.",
+}
+"""What must be the same on all ranks that begin a fit, by the attribute of `_Begun`, with what to write otherwise."""
 
 
 class Ranks:
@@ -60,7 +84,7 @@ class Ranks:
         self.sync = BatchSync(self._points, replica, state, core, scopes, dispatch)
         self.parts = RankParts(world, replica, state)
         self._batches = RankBatches(self._points, self.sync, self.parts, core)
-        self._world, self._replica, self._state, self._core = world, replica, state, core
+        self._world, self._replica, self._state, self._core, self._scopes = world, replica, state, core, scopes
         self._save: Callable[[], None] = lambda: None  # takes the checkpoints for an interrupt
 
     def begin(self, step: Phase | None = None) -> None:
@@ -88,26 +112,31 @@ class Ranks:
         """See `Together.plan`.
 
         Raises:
-            RankError: The ranks have different versions, or different callbacks.
+            RankError: The ranks have different versions, models, callbacks, optimizers, or data.
         """
-        # Plans are compared before the first event, since ranks with other callbacks would wait in other exchanges.
-        found = self._points.share(
-            "the plan of the fit", lambda: (updates(), self._state.callbacks.describe(), _versions())
-        )
-        for number, (_, _, versions) in enumerate(found):
-            if versions != found[0][2]:
-                raise RankError(
-                    f"Rank {number} has {versions}, and the main rank has {found[0][2]}. Install the same versions "
-                    f"everywhere: others may compute, order and save in another way."
-                )
-        difference = first_difference([plans for _, plans, _ in found]) if found else ""
-        if difference:
-            raise RankError(
-                f"The ranks have different callbacks: {difference}. Give the learner the same callbacks, in the same "
-                f'order, on every rank; with ranks = "main" one of them runs on the main rank only.'
+
+        def own() -> _Begun:
+            """Return the beginning of the fit on this rank."""
+            state = self._state
+            models, optimizers = _models(self._core.models), _optimizers(state.optimizer)
+            return _Begun(
+                updates(), models, state.callbacks.describe(), optimizers, self._batches.describe(), _versions()
             )
+
+        # All is compared before the first event, since ranks with other callbacks would wait in other exchanges.
+        found = self._points.share("the plan of the fit", own)
+        for number, each in enumerate(found):
+            if each.versions != found[0].versions:
+                raise RankError(
+                    f"Rank {number} has {each.versions}, and the main rank has {found[0].versions}. Install the same "
+                    f"versions everywhere: others may compute, order and save in another way."
+                )
+        for name, remedy in _ALIKE.items() if found else ():
+            difference = first_difference([getattr(each, name) for each in found])
+            if difference:
+                raise RankError(f"The ranks have different {name}: {difference}. {remedy}")
         # An epoch ends on all ranks with the shortest loader, so the smallest number is that of all.
-        counts = [count for count, _, _ in found if count is not None]
+        counts = [each.updates for each in found if each.updates is not None]
         return min(counts) if counts and len(counts) == len(found) else None
 
     # --- sync points
@@ -125,7 +154,8 @@ class Ranks:
 
     def epoch_begun(self, failures: Failures) -> None:
         """See `Together.epoch_begun`."""
-        found = self._meet("EpochBegin", failures, self.parts.loaded())
+        # The phase is told too: a rank that evaluates would wait at the end of its epoch for one that trains.
+        found = self._meet(f"EpochBegin of {self._scopes.phase!r}", failures, self.parts.loaded())
         if _differing(found):
             failures.add(_loaded(found))
         self._see_signal(failures)
@@ -152,7 +182,9 @@ class Ranks:
         self._meet("a failure that ends its epochs", failures)
         self._see_signal(failures)
         if not self._points.failed:
-            failures.attempt(self._replica.share_buffers)
+            with failures:
+                check_shapes(self._world.exchange(self.parts.shapes()))
+                self._replica.share_buffers()
 
     def fit_ended(self, failures: Failures) -> None:
         """See `Together.fit_ended`."""
@@ -199,14 +231,15 @@ class Ranks:
         if not failures:
             with failures:
                 states = {callback.name: callback.rank_state() for callback in self._state.callbacks}
-        found = self._points.meet("the merging of what ranks measured", failures, states)
+        found = self._points.meet("the merging of what ranks measured", failures, (states, self.parts.shapes()))
         if not found:
             return
         with failures:
+            check_shapes([shapes for _, shapes in found])
             if not isinstance(phase, AbstractValidationPhase):
                 self._replica.share_buffers()
             for callback in self._state.callbacks:
-                callback.merge_ranks([each.get(callback.name) for each in found])
+                callback.merge_ranks([each.get(callback.name) for each, _ in found])
 
     # --- batches
 
@@ -242,6 +275,27 @@ class Ranks:
         self._points.reset()
         with self._batches.evaluation(phase, inputs) as given:
             yield given
+
+
+def _models(models: Mapping[str, torch.nn.Module]) -> Description:
+    """Return the parameters of all models as lines that the ranks compare."""
+    named = (pair for root, model in models.items() for pair in model.named_parameters(root))
+    return [
+        (f"model.{name}", f"shape {tuple(param.shape)}, {'trained' if param.requires_grad else 'frozen'}")
+        for name, param in named
+    ]
+
+
+def _optimizers(optimizers: Any) -> Description:
+    """Return the parameter groups of all optimizers as lines that the ranks compare."""
+    found: Description = []
+    for name, optimizer in by_name(optimizers).items():
+        for number, group in enumerate(optimizer.param_groups):
+            where = f"group {number} of optimizer {name!r}" if name else f"group {number} of the optimizer"
+            values = [f"{key}={text_of(value)}" for key, value in group.items() if key != "params"]
+            texts = [type(optimizer).__name__, f"{len(group['params'])} parameters", *values]
+            found += [(where, text) for text in texts]
+    return found
 
 
 def _versions() -> str:
