@@ -109,6 +109,7 @@ OTHERS = {
     "training/checkpoint/test_stateful_loader": "resume with a loader that keeps its position",
     "ranks/test_world": "the contract of the exchanges between ranks",
     "ranks/test_ways": "random ranks that cancel or fail in every way to train",
+    "ranks/test_unlike": "ranks with unlike settings, models, optimizers, data or calls, with real processes",
     "training/checkpoint/test_sharded": "resume with the share that one of several ranks has in a loader",
     "training/test_interrupts_groups": "signals to a group of processes; the file is also the program that gets them",
     "training/test_model_inputs": "models of several inputs, in the loop and in callbacks",

@@ -53,6 +53,14 @@ def epoch_of_another_phase() -> None:
     learner().epoch(ValidationPhase if rank() else TrainingPhase)
 
 
+def predict_alone() -> None:
+    made = learner(TorchCore(device="cpu", parallel="fsdp"))
+    made.fit(1)
+    if rank():
+        made.predict(loader(shuffle=False))
+    made.fit(1)
+
+
 def changed_between_fits() -> None:
     made = learner()
     made.fit(1)
@@ -176,6 +184,13 @@ def test_each_difference_is_named_on_all_ranks(ranks: Ranks, tmp_path: Path) -> 
         for name, (_, kind, text) in UNLIKE.items():
             assert found[name][0] == kind.__name__, name
             assert text in found[name][1], name
+
+
+def test_a_rank_that_predicts_alone_with_a_sharded_model_is_noticed(ranks: Ranks) -> None:
+    for outcome in ranks.run(predict_alone):
+        assert outcome.ended == "RankError"
+        assert outcome.error is not None
+        assert "rank 0 is at the plan of the fit, rank 1 is at predict. Call fit, epoch" in outcome.error.text
 
 
 def alike() -> float:
