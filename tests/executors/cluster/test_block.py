@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import pytest
 
 from flowtrain_dask.cluster.block import Block, Place, possible, read
 from tests.support.programs import Programs
+from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(not possible(), reason="this system has no memfd_create")
 
@@ -82,34 +80,35 @@ def test_a_copy_is_not_used_if_the_block_is_filled_meanwhile(block: Block, monke
             assert content(place) is None
 
 
-def test_copies_beside_a_writer_are_whole_or_refused() -> None:
+def test_copies_beside_a_writer_are_whole_or_refused(programs: Programs, tmp_path: Path) -> None:
     """Another process fills the block all the time, each time with one byte; what is read in between is of one."""
     script = (
-        "import sys\n"
+        "import os, sys\n"
         "from flowtrain_dask.cluster.block import Block\n"
         "block, number = Block(1 << 22), 0\n"
         "while True:\n"
         "    number += 1\n"
         "    half = bytes([number % 256]) * (1 << 19)\n"
-        "    print(tuple(block.fill([half, half])), flush=True)\n"
+        "    with open(sys.argv[1] + '.new', 'w') as file:\n"
+        "        file.write(str(tuple(block.fill([half, half]))))\n"
+        "    os.replace(sys.argv[1] + '.new', sys.argv[1])\n"
     )
-    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as writer:
-        assert writer.stdout is not None
-        lines, newest = iter(writer.stdout), [next(iter(writer.stdout))]
-        reader = threading.Thread(target=lambda: [newest.__setitem__(0, line) for line in lines], daemon=True)
-        reader.start()
+    newest = tmp_path / "newest"
+    writer = programs.start(script, str(newest), log=tmp_path / "output")
+    try:
+        wait_for(newest.exists)
         seen: set[int] = set()
         refused = 0
-        try:
-            while len(seen) < 20 or not refused:
-                found = content(Place(*eval(newest[0])))
-                refused += found is None
-                if found is not None:
-                    assert found.count(found[:1]) == len(found)
-                    seen.add(found[0])
-        finally:
-            writer.kill()
-            reader.join()
+        while len(seen) < 20 or not refused:
+            found = content(Place(*eval(newest.read_text())))
+            refused += found is None
+            if found is not None:
+                assert found.count(found[:1]) == len(found)
+                seen.add(found[0])
+    finally:
+        writer.kill()
+        writer.wait(20)
+        writer.close()
 
 
 def test_the_memory_of_a_large_batch_is_given_back(block: Block) -> None:

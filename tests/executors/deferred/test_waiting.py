@@ -6,8 +6,6 @@ import copy
 import json
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,21 +36,26 @@ from flowtrain.logging.records import log
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits, register_copier
 from flowtrain_dask.cluster.codec import encode
+from flowtrain_dask.deferred import deferred_callbacks
 from flowtrain_dask.lanes.report import Report
-from tests.support.programs import importing_the_same
+from tests.support.programs import Programs
 from tests.support.waiting import wait_for
 
 
 class SlowLog(Callback):
     """Log the loss, a sum of the losses so far and the length of a series; slow until it is told otherwise.
 
-    The sum is state, the loss a tensor of a snapshot, the length that of a series which grows meanwhile.
+    The sum is state, the loss a tensor of a snapshot, the length that of a series which grows meanwhile. With `until`
+    the first event waits for that file, so that events wait behind it however slowly the machine trains.
     """
 
     deferrable = True
 
-    def __init__(self, path: Path, seconds: float = 0.0, slow_from: int = 0, ballast: int = 0) -> None:
+    def __init__(
+        self, path: Path, seconds: float = 0.0, slow_from: int = 0, ballast: int = 0, until: Path | None = None
+    ) -> None:
         self.backends = (JsonlBackend(path),)
+        self.until = until
         self.seconds, self.slow_from, self.ballast = seconds, slow_from, bytes(ballast)
         self.sum = 0.0
         self.count = 0
@@ -63,6 +66,8 @@ class SlowLog(Callback):
     @on(BatchEnd, TrainingPhase)
     def work(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         self.count += 1
+        if self.until is not None:
+            wait_for(self.until.exists)
         time.sleep(self.seconds if self.count >= self.slow_from else 0.0)
         self.sum += learner.batch.loss.item()
         self.note("Step", learner)
@@ -91,25 +96,36 @@ class SlowLog(Callback):
 
 
 class Cut(Callback):
-    """Signal the process in one batch."""
+    """Signal the process in one batch, and make a file that says so."""
 
-    def __init__(self, batch: int) -> None:
-        self.left = batch
+    def __init__(self, batch: int, file: Path | None = None) -> None:
+        self.left, self.file = batch, file
 
     @on(BatchEnd, TrainingPhase)
     def count(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
         self.left -= 1
         if not self.left:
             signal.raise_signal(signal.SIGTERM)
+            if self.file is not None:
+                self.file.touch()
 
 
 def executor_of(name: str, drain_timeout: float = 20.0, limits: Limits | None = None) -> Any:
-    """Return an executor, by default one that gives lanes time when machines are slow."""
+    """Return an executor, by default one that gives lanes time when machines are slow.
+
+    Args:
+        name: ``"serial"``, ``"dask"`` for lanes in threads, or the address of a cluster.
+        drain_timeout: The argument of `DaskExecutor`.
+        limits: The argument of `DaskExecutor`.
+    """
     if name == "serial":
         return "serial"
-    return DaskExecutor(
-        None if name == "dask" else name, workers=1, drain_timeout=drain_timeout, limits=limits, defer="always"
-    )
+    return DaskExecutor(None if name == "dask" else name, drain_timeout=drain_timeout, limits=limits, defer="always")
+
+
+def place_of(name: str, request: pytest.FixtureRequest) -> str:
+    """Return the name for `executor_of`: the address of the cluster of the tests for ``"cluster"``."""
+    return str(request.getfixturevalue("dask_processes").address) if name == "cluster" else name
 
 
 def records(path: Path) -> list[tuple[Any, ...]]:
@@ -118,19 +134,28 @@ def records(path: Path) -> list[tuple[Any, ...]]:
     return [(each["group"], each["name"], each["step"], each["value"]) for each in lines]
 
 
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an interrupt give lanes a tenth of a second before its checkpoint, so that slow handlers may be quick."""
+    assert vars(deferred_callbacks)["_SHORT"] > 0.1
+    monkeypatch.setattr(deferred_callbacks, "_SHORT", 0.1)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Any, ...]]:
     """Return the records of the run that was not interrupted."""
     path = tmp_path_factory.mktemp("whole") / "log.jsonl"
     torch.manual_seed(3)
-    tiny_learner(SlowLog(path), n_batches=8).fit(3)
+    # With checkpoints, so that what they import is there when an interrupt takes one while a handler is slow.
+    tiny_learner(SlowLog(path), Checkpointer(path.parent), n_batches=8).fit(3)
     return records(path)
 
 
-def interrupted(place: Path, executor: Any, at: int = 7, seconds: float = 0.5) -> Report:
-    """Train until a signal, with a slow logger; return the report of the executor at the end."""
+def interrupted(place: Path, executor: Any, at: int = 7, seconds: float = 0.2) -> Report:
+    """Train until a signal, with a logger that begins then and is slow; return the report of the executor."""
     torch.manual_seed(3)
-    parts = Checkpointer(place), SlowLog(place / "log.jsonl", seconds), Cut(at)
+    cut = place / "cut"
+    parts = Checkpointer(place), SlowLog(place / "log.jsonl", seconds, until=cut), Cut(at, cut)
     learner = tiny_learner(*parts, n_batches=8, executor=executor)
     with learner, pytest.raises(KeyboardInterrupt):
         learner.fit(3)
@@ -159,12 +184,17 @@ def waiting_in(place: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("first", ["dask", pytest.param("local", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("second", ["serial", "dask", pytest.param("local", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", ["dask", pytest.param("cluster", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("second", ["serial", "dask", pytest.param("cluster", marks=pytest.mark.slow)])
 def test_a_resumed_run_has_every_record_of_the_serial_one(
-    first: str, second: str, tmp_path: Path, whole: list[tuple[Any, ...]], caplog: pytest.LogCaptureFixture
+    first: str,
+    second: str,
+    tmp_path: Path,
+    whole: list[tuple[Any, ...]],
+    caplog: pytest.LogCaptureFixture,
+    request: pytest.FixtureRequest,
 ) -> None:
-    report = interrupted(tmp_path, executor_of(first))
+    report = interrupted(tmp_path, executor_of(place_of(first, request)))
     saved = waiting_in(tmp_path)["SlowLog"]
     assert 1 <= saved["count"] <= 7
     counts = report.lanes[0].counts
@@ -172,7 +202,7 @@ def test_a_resumed_run_has_every_record_of_the_serial_one(
     said = f"SlowLog: {saved['count']} events were not done in time and are in the checkpoint (0.0 MiB)"
     assert said in str(report)
     assert said in caplog.text
-    slow = resumed(tmp_path, executor_of(second))
+    slow = resumed(tmp_path, executor_of(place_of(second, request)))
     assert records(tmp_path / "log.jsonl") == whole
     assert (slow.count, slow.sum) == (24, whole[-2][3])
 
@@ -182,13 +212,12 @@ def test_events_can_wait_again_and_again(
     executors: tuple[str, ...], tmp_path: Path, whole: list[tuple[Any, ...]]
 ) -> None:
     interrupted(tmp_path, executor_of(executors[0]), at=5)
-    resumed(tmp_path, executor_of(executors[1]), at=4, seconds=0.3)
+    resumed(tmp_path, executor_of(executors[1]), at=4, seconds=0.2)
     resumed(tmp_path, executor_of(executors[2]))
     assert records(tmp_path / "log.jsonl") == whole
 
 
-@pytest.mark.slow
-def test_a_large_state_comes_from_the_last_time_that_a_worker_sent_it(tmp_path: Path) -> None:
+def test_a_large_state_comes_from_the_last_time_that_a_worker_sent_it(tmp_path: Path, dask_processes: Any) -> None:
     """Then some of the waiting events have their records in the log already, and only their effect is missing."""
 
     class Steady(Callback):
@@ -209,7 +238,7 @@ def test_a_large_state_comes_from_the_last_time_that_a_worker_sent_it(tmp_path: 
     (tmp_path / "cut").mkdir()
     torch.manual_seed(3)
     slow = parts(tmp_path / "cut", seconds=1.5, slow_from=11)
-    learner = tiny_learner(*slow, Steady(), Cut(14), n_batches=16, executor=executor_of("local"))
+    learner = tiny_learner(*slow, Steady(), Cut(14), n_batches=16, executor=executor_of(dask_processes.address))
     with learner, pytest.raises(KeyboardInterrupt):
         learner.fit(1)
     saved = waiting_in(tmp_path / "cut")["SlowLog"]
@@ -230,7 +259,7 @@ from tests.executors.deferred.test_waiting import Cut, SlowLog, executor_of
 
 place = Path(sys.argv[1])
 torch.manual_seed(3)
-parts = Checkpointer(place), SlowLog(place / "log.jsonl", 0.5), Cut(7)
+parts = Checkpointer(place), SlowLog(place / "log.jsonl", 0.5, until=place / "cut"), Cut(7, place / "cut")
 with tiny_learner(*parts, n_batches=8, executor=executor_of("dask")) as learner:
     learner.fit(3)
 """
@@ -238,17 +267,18 @@ with tiny_learner(*parts, n_batches=8, executor=executor_of("dask")) as learner:
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_after_its_checkpoint_loses_nothing(
-    tmp_path: Path, whole: list[tuple[Any, ...]]
+    tmp_path: Path, whole: list[tuple[Any, ...]], programs: Programs
 ) -> None:
     """A batch system sends SIGTERM, and SIGKILL when the grace period is over: while the lane still writes records."""
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=importing_the_same())
+    process = programs.start(KILLED, str(tmp_path), log=tmp_path / "output")
     try:
         wait_for((tmp_path / "interrupted.ckpt").exists)
         lines = len((tmp_path / "log.jsonl").read_text().splitlines())
         wait_for(lambda: len((tmp_path / "log.jsonl").read_text().splitlines()) > lines)
     finally:
         process.kill()
-        process.wait()
+        process.wait(20)
+        process.close()
     resumed(tmp_path, "serial")
     assert records(tmp_path / "log.jsonl") == whole
 
@@ -314,13 +344,15 @@ class Noise(SlowLog):
         log(self.backends, Value(torch.rand(())), "Noise", self.count, (group,))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("second", ["serial", "local"])
-def test_random_numbers_of_a_callback_are_those_of_its_events(second: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("second", ["serial", "cluster"])
+def test_random_numbers_of_a_callback_are_those_of_its_events(
+    second: str, tmp_path: Path, dask_processes: Any, request: pytest.FixtureRequest
+) -> None:
     def train(place: Path, executor: str, *more: Callback, seconds: float = 0.0, resume: Any = None) -> None:
         """Train, with a logger that draws numbers."""
         place.mkdir(exist_ok=True)
-        parts = Checkpointer(place), Noise(place / "log.jsonl", seconds), *more
+        cut = place / "cut" if seconds else None
+        parts = Checkpointer(place), Noise(place / "log.jsonl", seconds, until=cut), *more
         with tiny_learner(*parts, n_batches=8, executor=executor_of(executor)) as learner:
             learner.fit(2, resume=resume)
 
@@ -328,15 +360,20 @@ def test_random_numbers_of_a_callback_are_those_of_its_events(second: str, tmp_p
     train(tmp_path / "whole", "serial")
     torch.manual_seed(5)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "cut", "local", Cut(5), seconds=0.5)
+        train(tmp_path / "cut", dask_processes.address, Cut(5, tmp_path / "cut" / "cut"), seconds=0.2)
     assert waiting_in(tmp_path / "cut")["Noise"]["count"] > 1
     torch.manual_seed(6)
-    train(tmp_path / "cut", second, resume="auto")
+    train(tmp_path / "cut", place_of(second, request), resume="auto")
     assert records(tmp_path / "cut" / "log.jsonl") == records(tmp_path / "whole" / "log.jsonl")
 
 
 def test_a_full_lane_leaves_as_many_events_as_it_may_hold(tmp_path: Path, whole: list[tuple[Any, ...]]) -> None:
-    interrupted(tmp_path, executor_of("dask", limits=Limits(pending=3)), at=6, seconds=0.9)
+    slow = SlowLog(tmp_path / "log.jsonl", 0.4)
+    torch.manual_seed(3)
+    executor = executor_of("dask", limits=Limits(pending=3))
+    with tiny_learner(Checkpointer(tmp_path), slow, Cut(6), n_batches=8, executor=executor) as learner:
+        with pytest.raises(KeyboardInterrupt):
+            learner.fit(3)
     assert 1 <= waiting_in(tmp_path)["SlowLog"]["count"] <= 4
     resumed(tmp_path, executor_of("dask", limits=Limits(pending=1)))
     assert records(tmp_path / "log.jsonl") == whole
