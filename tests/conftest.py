@@ -71,6 +71,13 @@ def freeze_imports() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="module")
+def freeze_what_is_there() -> None:
+    """Do so again for a module with many collections: other tests have imported more meanwhile."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def programs() -> Iterator[Programs]:
     """Yield a runner of programs in separate processes."""

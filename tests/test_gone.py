@@ -55,6 +55,9 @@ EXECUTORS: dict[str, Callable[[], Any]] = {
 }
 
 
+pytestmark = pytest.mark.usefixtures("freeze_what_is_there")
+
+
 @contextmanager
 def without_collector() -> Generator[None]:
     """Turn the garbage collector off, so that only reference counts free objects."""

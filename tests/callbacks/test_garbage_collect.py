@@ -23,6 +23,8 @@ from flowtrain import (
 from flowtrain.callbacks import GarbageCollect
 from flowtrain.testing import assert_equivalent, tiny_learner
 
+pytestmark = pytest.mark.usefixtures("freeze_what_is_there")
+
 
 @pytest.fixture(params=[True, False], ids=["on", "off"])
 def enabled(request: pytest.FixtureRequest) -> Iterator[bool]:

@@ -155,23 +155,35 @@ def test_the_traceback_of_an_interrupt_is_short() -> None:
     assert len(frames(second.value)) > 6
 
 
+CAPTURES: list[pytest.CaptureFixture[str]] = []
+"""The capture of a test. If a callback held it, flowtrain would look for backends in all of pytest, for seconds."""
+
+
+@pytest.fixture
+def capture(capfd: pytest.CaptureFixture[str]) -> Iterator[pytest.CaptureFixture[str]]:
+    """Capture the output of the process, for the test and for `Heard`."""
+    CAPTURES.append(capfd)
+    yield capfd
+    CAPTURES.clear()
+
+
 class Heard(Callback):
     """Sends a signal in the third training batch, notes the answer to it, and the reason in `FitEnd`."""
 
-    def __init__(self, number: signal.Signals, capfd: pytest.CaptureFixture[str], times: int = 1) -> None:
-        self.number, self.capfd, self.times, self.seen = number, capfd, times, 0
+    def __init__(self, number: signal.Signals, times: int = 1) -> None:
+        self.number, self.times, self.seen = number, times, 0
         self.answer = self.stopped = ""
 
     @on(BatchBegin, TrainingPhase)
     def send(self, event: BatchBegin, phase: Phase, learner: LearnerView) -> None:
         self.seen += 1
         if self.seen == 3:
-            self.capfd.readouterr()
+            CAPTURES[0].readouterr()
             try:
                 for _ in range(self.times):
                     signal.raise_signal(self.number)
             finally:
-                self.answer = self.capfd.readouterr().err
+                self.answer = CAPTURES[0].readouterr().err
 
     @on(FitEnd)
     def end(self, event: FitEnd, phase: Phase, learner: LearnerView) -> None:
@@ -186,25 +198,25 @@ class Heard(Callback):
     ],
 )
 def test_a_signal_is_answered_at_once_where_a_callback_prints(
-    number: signal.Signals, answer: str, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals, answer: str, capture: pytest.CaptureFixture[str]
 ) -> None:
-    heard = Heard(number, capfd)
+    heard = Heard(number)
     with pytest.raises(KeyboardInterrupt):
         tiny_learner(heard, default_callbacks=True).fit(2)
     assert heard.answer == answer, "the answer comes within the batch, and once"
     line = f"training was interrupted by {number.name} (in TrainingPhase, epoch 1, after batch 3)"
-    assert (heard.stopped, capfd.readouterr().out) == (line, f"{line}\n")
-    quiet = Heard(number, capfd)
+    assert (heard.stopped, capture.readouterr().out) == (line, f"{line}\n")
+    quiet = Heard(number)
     with pytest.raises(KeyboardInterrupt):
         tiny_learner(quiet).fit(2)
-    assert (quiet.answer, quiet.stopped, capfd.readouterr()) == ("", line, ("", ""))
+    assert (quiet.answer, quiet.stopped, capture.readouterr()) == ("", line, ("", ""))
 
 
 def test_the_line_names_the_checkpoint_and_how_to_continue(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capture: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    heard = Heard(signal.SIGINT, capfd)
+    heard = Heard(signal.SIGINT)
     learner = tiny_learner(heard, Checkpointer("runs/a"), Checkpointer("runs/b"))
     with pytest.raises(KeyboardInterrupt) as caught:
         learner.fit(2)
@@ -218,7 +230,7 @@ def test_the_line_names_the_checkpoint_and_how_to_continue(
     assert resumed.cbstate.history[TrainingPhase].steps == 32
     learner.fit(1)
     assert heard.stopped == "", "a later fit has nothing to say of it"
-    again = Heard(signal.SIGINT, capfd, times=2)
+    again = Heard(signal.SIGINT, times=2)
     with pytest.raises(KeyboardInterrupt):
         tiny_learner(again, Checkpointer("runs/c")).fit(2)
     assert again.stopped.startswith("training was interrupted by SIGINT for the second time (")

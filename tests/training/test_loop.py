@@ -259,7 +259,7 @@ def names_of_a_fit(phases: Iterable[list[type[Event]]], n_batches: int) -> list[
 
 SCRIPTS = st.dictionaries(st.integers(0, 55), st.sampled_from(["fire", *RAISE]), max_size=7)
 EARLY = st.dictionaries(st.integers(0, 20), st.sampled_from(["fire", *RAISE]), max_size=5)
-QUICK = settings(max_examples=examples(120), suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.too_slow])
 
 
 @QUICK

@@ -371,9 +371,9 @@ def test_a_full_lane_leaves_as_many_events_as_it_may_hold(tmp_path: Path, whole:
     slow = SlowLog(tmp_path / "log.jsonl", 0.4)
     torch.manual_seed(3)
     executor = executor_of("dask", limits=Limits(pending=3))
-    with tiny_learner(Checkpointer(tmp_path), slow, Cut(6), n_batches=8, executor=executor) as learner:
-        with pytest.raises(KeyboardInterrupt):
-            learner.fit(3)
+    learner = tiny_learner(Checkpointer(tmp_path), slow, Cut(6), n_batches=8, executor=executor)
+    with learner, pytest.raises(KeyboardInterrupt):
+        learner.fit(3)
     assert 1 <= waiting_in(tmp_path)["SlowLog"]["count"] <= 4
     resumed(tmp_path, executor_of("dask", limits=Limits(pending=1)))
     assert records(tmp_path / "log.jsonl") == whole

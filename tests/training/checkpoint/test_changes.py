@@ -45,7 +45,7 @@ def test_rule_28_what_training_changed_goes_on(change: str, event: type[Event], 
     torch.manual_seed(1)
     whole = learner(Checkpointer(tmp_path))
     whole.fit(4)
-    for stop in (3, 2):
+    for stop in (3, 2) if event is EpochBegin else (2,):
         resumed = learner(Checkpointer(tmp_path / f"resumed {stop}"))
         resumed.fit(4, resume=tmp_path / f"epoch-000{stop}.ckpt")
         assert all_of(resumed) == all_of(whole), stop

@@ -560,7 +560,8 @@ def test_rule_28_a_request_at_the_beginning_of_a_fit_that_resumes(fit: str, tmp_
     whole.fit(**FITS[fit])
     wanted = (everything(whole), counted.epochs)
     (tmp_path / "again").mkdir()
-    for first in firsts:
+    # In the fits of one kind at one of the places by turns, in the plain ones at all.
+    for first in firsts if fit in ("epochs", "steps") else firsts[[*FITS].index(fit) % 3 :][:1]:
         seconds = ask_at([(FitBegin, Phase, 1), (EpochBegin, TrainingPhase, 1)], tmp_path / "again")
         for path, callbacks in ((first.path, seconds), *((second.path, []) for second in seconds)):
             resumed = learner_of(counted := Begins(), *callbacks, seed=99)

@@ -30,7 +30,7 @@ from flowtrain.training.checkpoint import folder_lock, lock_file
 from flowtrain.training.checkpoint.files import write_whole
 from flowtrain.training.checkpoint.folder_lock import Folders
 from flowtrain.training.checkpoint.lock_file import NAME, Owner, started, take
-from tests.support.programs import importing_the_same
+from tests.support.programs import Programs, Started, importing_the_same
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
@@ -75,19 +75,31 @@ class Cut(Callback):
 
 
 @contextmanager
-def predecessor(folder: Path, dies_for: float = 0.0) -> Generator[subprocess.Popen[str]]:
-    """Give a process that trains into the folder."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", PREDECESSOR, str(folder), str(dies_for)],
-        env=importing_the_same(),
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def predecessor(folder: Path, programs: Programs, dies_for: float = 0.0) -> Generator[Started]:
+    """Give a process that trains into the folder, and appends what it prints to the file ``output`` beside it."""
+    log = folder.parent / "output"
+    process = programs.start(PREDECESSOR, str(folder), str(dies_for), log=log)
     try:
         wait_for((folder.parent / "begun").exists)
         yield process
     finally:
         process.send_signal(signal.SIGCONT)
+        process.kill()
+        process.wait(60)
+        process.close()
+
+
+@contextmanager
+def child(folder: Path) -> Generator[subprocess.Popen[str]]:
+    """Give such a process that is a child of this one, which asks for its result at the end only."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", PREDECESSOR, str(folder), "0"],
+        env=importing_the_same(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        wait_for((folder.parent / "begun").exists)
+        yield process
+    finally:
         process.kill()
         process.communicate()
 
@@ -106,8 +118,8 @@ def of_elsewhere(folder: Path, silence: float, **changed: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None:
-    with predecessor(tmp_path / "run") as first:
+def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path, programs: Programs) -> None:
+    with predecessor(tmp_path / "run", programs) as first:
         first.send_signal(signal.SIGSTOP)  # so that the comparison sees the second process alone
         wait_for(lambda: Path(f"/proc/{first.pid}/stat").read_text().split()[2] == "T")
         before = everything(tmp_path)
@@ -129,15 +141,16 @@ def test_a_second_process_is_refused_and_changes_nothing(tmp_path: Path) -> None
 
 @pytest.mark.slow
 def test_a_fit_that_resumes_waits_for_a_predecessor_that_still_dies(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, programs: Programs
 ) -> None:
     log = LogMetrics(JsonlBackend(tmp_path / "log.jsonl"))
     learner = tiny_learner(Checkpointer(tmp_path / "run"), log, Cut(5))
-    with learner, predecessor(tmp_path / "run", dies_for=3) as first:
-        first.terminate()
+    with learner, predecessor(tmp_path / "run", programs, dies_for=3) as first:
+        first.send_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
             learner.fit(10_000, resume="auto")
-        assert first.wait(60) != 0
+        first.wait(60)
+        assert "KeyboardInterrupt: training was interrupted by SIGTERM" in (tmp_path / "output").read_text()
     assert "is in use by process" in caplog.text
     assert "waiting up to 90 s for it to end" in caplog.text
     assert_whole_log(tmp_path, learner.cbstate.history[TrainingPhase].steps)
@@ -145,7 +158,7 @@ def test_a_fit_that_resumes_waits_for_a_predecessor_that_still_dies(
 
 @pytest.mark.slow
 def test_a_killed_predecessor_is_followed_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with predecessor(tmp_path / "run") as first:
+    with child(tmp_path / "run") as first:
         wait_for((tmp_path / "run" / "latest").exists)
         first.kill()
         wait_for(lambda: not started(first.pid))  # its parent, this process, has not asked for its result
@@ -165,46 +178,41 @@ def assert_whole_log(place: Path, steps: int) -> None:
     assert losses == list(range(1, steps + 1))
 
 
-def _line(process: subprocess.Popen[str]) -> str:
-    """Return the next line that a process prints."""
-    assert process.stdout is not None
-    return process.stdout.readline().strip()
-
-
 @pytest.mark.slow
-def test_of_three_processes_at_once_one_trains(tmp_path: Path) -> None:
+def test_of_three_processes_at_once_one_trains(tmp_path: Path, programs: Programs) -> None:
     program = """
 import sys
+from pathlib import Path
 from flowtrain import CheckpointError
 from flowtrain.testing import tiny_learner
 from flowtrain.callbacks import Checkpointer
-learner = tiny_learner(Checkpointer(sys.argv[1]))
-print("ready", flush=True)
-sys.stdin.readline()
+from tests.support.waiting import wait_for
+folder, name = Path(sys.argv[1]), sys.argv[2]
+learner = tiny_learner(Checkpointer(folder / "run"))
+(folder / f"ready {name}").touch()
+wait_for((folder / "go").exists)
 try:
     learner.fit(20)
-    print("trained", flush=True)
+    end = "trained"
 except CheckpointError as error:
-    print("refused" if "in use by another run" in str(error) else error, flush=True)
-sys.stdin.readline()
+    end = "refused" if "in use by another run" in str(error) else str(error)
+(folder / f"{end} {name}").touch()
+wait_for((folder / "end").exists)
 """
-    command = [sys.executable, "-c", program, str(tmp_path / "run")]
-    pipe, environment = subprocess.PIPE, importing_the_same()
-    both = [subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) for _ in range(3)]
+    names = ["a", "b", "c"]
+    started = [programs.start(program, str(tmp_path), name, log=tmp_path / f"output {name}") for name in names]
     try:
-        assert [_line(each) for each in both] == ["ready"] * 3
-        for each in both:
-            assert each.stdin is not None
-            each.stdin.write("go\n")
-            each.stdin.flush()
-        ends = sorted(map(_line, both))
-        assert ends.count("trained") >= 1
-        assert {*ends} <= {"trained", "refused"}  # one after the other is well too
+        wait_for(lambda: len([*tmp_path.glob("ready *")]) == 3)
+        (tmp_path / "go").touch()
+        wait_for(lambda: len([*tmp_path.glob("trained *"), *tmp_path.glob("refused *")]) == 3)
     finally:
-        for each in both:
-            each.communicate("end\n")
-    assert [each.returncode for each in both] == [0, 0, 0]
+        (tmp_path / "end").touch()
+        for each in started:
+            each.wait(60)
+            each.close()
+    assert [*tmp_path.glob("trained *")]  # one after the other is well too
     assert (tmp_path / "run" / "latest").read_text() == "epoch-0020.ckpt\n"
+    assert [(tmp_path / f"output {name}").read_text() for name in names] == ["", "", ""]
 
 
 def test_an_owner_on_another_machine_lives_as_long_as_it_gives_signs_of_life(tmp_path: Path) -> None:

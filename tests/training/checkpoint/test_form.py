@@ -58,7 +58,7 @@ def replaced(value: Any, place: tuple[Any, ...], new: Any) -> Any:
 @pytest.mark.filterwarnings("ignore:The (run|learner) of the checkpoint:UserWarning")
 @pytest.mark.parametrize("entry", ["position", "numbers", "passes", "run", "loaders", "random", "structure", "other"])
 def test_impossible_values_are_refused_or_change_nothing(entry: str, run: Path, tmp_path: Path) -> None:
-    """Every part of an entry is emptied, made negative, given another type, or left out."""
+    """Every part of an entry is emptied, made negative, given another type, or left out; of deep ones two by turns."""
     contents = torch.load(run / "a.ckpt", weights_only=True)
     logs = {name: (run / name).read_bytes() for name in LOGS}
     for name, log in logs.items():
@@ -66,10 +66,11 @@ def test_impossible_values_are_refused_or_change_nothing(entry: str, run: Path, 
     learner, refused = learner_in(tmp_path), 0
     untouched = everything(learner)
     known = ("position", "numbers", "passes", "run", "loaders", "random", "structure")
-    for place in places(contents):
+    values = ({}, -1, None, "", MISSING)
+    for number, place in enumerate(places(contents)):
         if (place[0] != entry and (entry != "other" or place[0] in known)) or len(place) > 3:
             continue
-        for new in ({}, -1, None, "", MISSING):
+        for new in values if len(place) < 2 else (values[number % 5], values[(number + 2) % 5]):
             torch.save(replaced(contents, place, new), tmp_path / "bad.ckpt")
             generators = torch.get_rng_state()
             try:

@@ -228,8 +228,11 @@ def wrapped() -> Any:
     return Loader()
 
 
-@pytest.mark.parametrize("fit", FITS)
-@pytest.mark.parametrize("data", [distributed, by_epoch, wrapped])
+@pytest.mark.parametrize(
+    ("data", "fit"),
+    [(distributed, fit) for fit in FITS]
+    + [(data, fit) for data in (by_epoch, wrapped) for fit in ("epochs", "long steps", "limited passes")],
+)
 def test_rule_28_data_that_is_shuffled_by_the_number_of_the_pass(fit: str, data: Run, tmp_path: Path) -> None:
     """Rule 28: a resumed fit tells the loader the number of the pass that it resumes, not that of a new one."""
     asks = ask_at(

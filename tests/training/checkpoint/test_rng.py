@@ -91,14 +91,13 @@ def persistent() -> Any:
     return DataLoader(shuffled().dataset, 5, shuffle=True, num_workers=1, persistent_workers=True)
 
 
-@pytest.mark.parametrize("fit", ["epochs", "steps"])
 @pytest.mark.parametrize(
-    ("event", "phase", "number", "warned"),
+    ("fit", "event", "phase", "number", "warned"),
     [
-        (BatchEnd, TrainingPhase, 3, ""),
-        (EpochEnd, TrainingPhase, 1, "TrainingPhase"),
-        (BatchEnd, TrainingPhase, 9, "TrainingPhase and ValidationPhase"),
-        (BatchEnd, ValidationPhase, 3, "TrainingPhase and ValidationPhase"),
+        ("epochs", BatchEnd, TrainingPhase, 3, ""),
+        ("epochs", EpochEnd, TrainingPhase, 1, "TrainingPhase"),
+        ("steps", BatchEnd, TrainingPhase, 9, "TrainingPhase and ValidationPhase"),
+        ("epochs", BatchEnd, ValidationPhase, 3, "TrainingPhase and ValidationPhase"),
     ],
 )
 def test_workers_that_stay_are_exact_but_for_what_they_draw(
