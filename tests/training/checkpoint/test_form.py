@@ -66,11 +66,12 @@ def test_impossible_values_are_refused_or_change_nothing(entry: str, run: Path, 
     learner, refused = learner_in(tmp_path), 0
     untouched = everything(learner)
     known = ("position", "numbers", "passes", "run", "loaders", "random", "structure")
-    values = ({}, -1, None, "", MISSING)
+    values: tuple[Any, ...] = ({}, -1, None, "", MISSING)
     for number, place in enumerate(places(contents)):
         if (place[0] != entry and (entry != "other" or place[0] in known)) or len(place) > 3:
             continue
-        for new in values if len(place) < 2 else (values[number % 5], values[(number + 2) % 5]):
+        is_deep = len(place) > (1 if entry == "other" else 2)
+        for new in (values[number % 5], values[(number + 2) % 5]) if is_deep else values:
             torch.save(replaced(contents, place, new), tmp_path / "bad.ckpt")
             generators = torch.get_rng_state()
             try:
