@@ -37,7 +37,7 @@ from flowtrain.logging.extras import needed
 from flowtrain.logging.files import not_open, read_file
 from flowtrain.logging.names import Names
 from flowtrain.logging.pictures import figure_png, image_png
-from flowtrain.logging.values import flat, number, refused, settings
+from flowtrain.logging.values import flat, real, refused, settings
 
 __all__ = ["MLflowBackend"]
 
@@ -129,7 +129,7 @@ class MLflowBackend(LoggerBackend):
         """Return the metric, parameters or artifact to send, as JSON."""
         record: dict[str, Any] = {"key": "/".join((*group, name)), "step": step, "time": int(time.time() * 1000)}
         if isinstance(loggable, Value):
-            record["value"] = repr(float(number(loggable.value)))
+            record["value"] = repr(real(loggable.value))
         elif isinstance(loggable, Settings):
             record["settings"] = {key: str(value) for key, value in flat(settings(loggable.values)).items()}
         elif isinstance(loggable, Text):

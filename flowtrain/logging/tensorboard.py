@@ -41,13 +41,14 @@ from flowtrain.logging.distribution import distribution
 from flowtrain.logging.extras import needed
 from flowtrain.logging.files import AppendingFile, given_path, impossible, not_open, of_rank, unwritable, warn_of_others
 from flowtrain.logging.pictures import figure_png, image_png
-from flowtrain.logging.values import flat, number, refused, settings
+from flowtrain.logging.values import flat, real, refused, settings
 
 __all__ = ["TensorBoardBackend"]
 
 _HEADER = struct.Struct("<QI")  # the length of a message, and the checksum of that length
 _FOOTER = 4  # the checksum of the message
 _PNG_SIZE = struct.Struct(">II")  # the width and height of a PNG, which are at byte 16
+_LARGE = 1 << 1023  # whole numbers below this have a float; TensorBoard shows larger ones as texts
 _COLOUR_CHANNELS = {0: 1, 2: 3, 6: 4}  # the number of channels by PNG's colour type, which is at byte 25
 
 
@@ -283,7 +284,7 @@ def _flattened(framed: bytes, folder: str) -> bytes:
 def _summary(loggable: Loggable, tag: str) -> Any:
     protos = needed("tensorboard.compat.proto.summary_pb2", "TensorBoardBackend", "tensorboard")
     if isinstance(loggable, Value):
-        return protos.Summary(value=[protos.Summary.Value(tag=tag, simple_value=number(loggable.value))])
+        return protos.Summary(value=[protos.Summary.Value(tag=tag, simple_value=real(loggable.value))])
     if isinstance(loggable, (Image, Figure)):
         return protos.Summary(value=[protos.Summary.Value(tag=tag, image=_image(protos, loggable))])
     if isinstance(loggable, Histogram):
@@ -339,7 +340,7 @@ def _hparams(protos: Any, values: dict[str, Any]) -> Any:
     for name, value in values.items():
         if isinstance(value, bool):
             session.hparams[name].bool_value = value
-        elif isinstance(value, (int, float)):
+        elif isinstance(value, float) or (isinstance(value, int) and abs(value) < _LARGE):
             session.hparams[name].number_value = value
         else:
             session.hparams[name].string_value = _cell(value)

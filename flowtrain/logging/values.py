@@ -23,12 +23,10 @@ __all__ = [
     "loggable",
     "newest",
     "number",
+    "real",
     "refused",
     "settings",
 ]
-
-_SHORT = 1 << 63
-"""Whole numbers below this are written as they are; larger ones may be too large for some backend."""
 
 
 def number(value: Any) -> float | int:
@@ -38,15 +36,13 @@ def number(value: Any) -> float | int:
         value: A number, or a tensor or array with one element.
 
     Raises:
-        LoggingError: `value` is no real number, has no value or several elements, or is too large for a ``float``.
+        LoggingError: `value` is no real number, or has no value or several elements.
 
     >>> number(True), number(0.5)
     (1, 0.5)
     """
-    kind = type(value)
-    if kind is float or (kind is int and -_SHORT < value < _SHORT):  # nearly every record: the fast form
-        plain: float | int = value
-        return plain
+    if type(value) is float or type(value) is int:  # nearly every record: the fast form
+        return value
     if getattr(value, "is_meta", False):
         raise LoggingError(
             "Value(...) got a tensor on the device 'meta', which has no value. Give it one first, as "
@@ -59,16 +55,33 @@ def number(value: Any) -> float | int:
                 f"Histogram(...), or reduce it, as with .mean()."
             )
         value = value.item()
+    if isinstance(value, int):
+        return int(value)
     if isinstance(value, Real):
-        try:
-            found = float(value)
-        except OverflowError:
-            raise LoggingError(
-                f"Value(...) got a {type(value).__name__} that is larger than any float, and no backend can show it. "
-                f"Log its logarithm: Value(math.log10(x))."
-            ) from None
-        return int(value) if isinstance(value, int) else found
+        return _float(value)
     raise LoggingError(f"Value({value!r}) is no real number. Log a text as Text(...), many numbers as Histogram(...).")
+
+
+def real(value: Any) -> float:
+    """Return a value as a ``float``, for a backend that takes no other number.
+
+    Args:
+        value: As for `number`.
+
+    Raises:
+        LoggingError: As for `number`, or the value is larger than any ``float``.
+    """
+    return _float(number(value))
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise LoggingError(
+            f"Value(...) got a {type(value).__name__} that is larger than any float, and this backend takes no other "
+            f"number. Log its logarithm: Value(math.log10(x))."
+        ) from None
 
 
 def settings(values: Any, where: str = "Settings(...)", around: tuple[int, ...] = ()) -> dict[str, Any]:

@@ -294,3 +294,11 @@ def test_a_file_where_the_folder_belongs(tmp_path: Path) -> None:
     path.write_text("", "utf-8")
     with pytest.raises(LoggingError, match=r"runs.* cannot be written: .*\. Log to a path in a folder"):
         TensorBoardBackend(path).open(Run("r"))
+
+
+def test_numbers_that_no_float_holds(tmp_path: Path) -> None:
+    backend = TensorBoardBackend(tmp_path)
+    with pytest.raises(LoggingError, match="got a int that is larger than any float"):
+        backend.encode(Value(10**400), "Loss", 1, ("Step", "TrainingPhase"))
+    record = backend.encode(Settings({"seed": 10**400, "width": 8}), "Settings", 0, ("HyperParams",))
+    assert b"1" + b"0" * 400 in record
