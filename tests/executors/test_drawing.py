@@ -270,7 +270,7 @@ def test_a_module_of_dask_that_is_imported_later_draws_from_that_generator_too(
 ) -> None:
     leave_random_numbers_alone()
     late = ModuleType("dask.late")
-    late.random, late.draw, late.choose = random, random.random, random.choice  # type: ignore[attr-defined]
+    vars(late).update(random=random, draw=random.random, choose=random.choice)
     monkeypatch.setitem(sys.modules, "dask.late", late)
     leave_random_numbers_alone()
     state = random.getstate()
