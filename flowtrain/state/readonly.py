@@ -62,6 +62,9 @@ class _Twin:
 
     __slots__ = ("_container", "_path")
 
+    _container: Any
+    _path: str
+
     def __init__(self, container: Any, path: str) -> None:
         object.__setattr__(self, "_container", container)
         object.__setattr__(self, "_path", path)

@@ -1,14 +1,17 @@
+# pyright: reportPrivateUsage=false
+# The tests compare the private lists of names with what the packages have.
 """Deferred callbacks that draw random numbers: the same numbers wherever they run, and training is never changed."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any, Literal
 
 import numpy as np
@@ -31,13 +34,14 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer, LogMetrics, LogVisualization
+from flowtrain.graph.held_backends import names_in
 from flowtrain.graph.nodes import Node
 from flowtrain.logging import JsonlBackend, Value
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
-from flowtrain_dask.deferred.policy import may_draw
+from flowtrain_dask.deferred.policy import _DRAWING, _DRAWING_MODULES, may_draw
 from tests.support.dask_processes import DaskProcesses
 from tests.support.logs import log_fields
 
@@ -239,6 +243,85 @@ def closing(value: Any) -> Callable[..., Any]:
 )
 def test_what_draws_is_found_in_functions_objects_and_modules(f: Callable[..., Any], what: str) -> None:
     assert may_draw(node(f)) == what
+
+
+def draws_in(source: str) -> str:
+    """Return the evidence for a function of a user that is written so."""
+    names: dict[str, Any] = {"__name__": "of_a_user"}
+    exec(source, names)
+    return may_draw(node(names["f"]))
+
+
+def methods_of(module: Any, owner: object) -> list[str]:
+    """Return the functions of a module that are methods of a hidden generator."""
+    return [name for name in dir(module) if getattr(getattr(module, name), "__self__", None) is owner]
+
+
+PYTHON = methods_of(random, vars(random)["_inst"])
+NUMPY = methods_of(np.random, vars(np.random.mtrand)["_rand"])
+
+
+@pytest.mark.parametrize(("module", "names"), [("random", PYTHON), ("numpy.random", NUMPY)])
+def test_every_function_of_the_random_modules_is_known_however_it_is_imported(module: str, names: list[str]) -> None:
+    """A new version of Python or NumPy may bring further ones."""
+    assert {"choice", "shuffle"} < {*names}
+    assert module == "random" or {"laplace", "bytes", "f", "power"} < {*names}
+    for name in names:
+        call = "other(1)\n"
+        for source in (
+            f"from {module} import {name} as other\ndef f(learner): {call}",
+            f"import {module} as m\ndef f(learner): m.{name}(1)\n",
+            f"def f(learner):\n  from {module} import {name} as other\n  {call}",
+            f"def f(learner):\n  import {module} as m\n  m.{name}(1)\n",
+            f"from {module} import {name}\nclass Held:\n  draw = staticmethod({name})\n"
+            f"held = Held()\ndef f(learner): held.draw(1)\n",
+        ):
+            assert draws_in(source), source
+
+
+def test_a_generator_of_ones_own_with_another_name_is_left_to_its_owner() -> None:
+    assert draws_in("import json\nfrom math import pow as power\ndef f(learner): power(json.dumps(1), bytes(3))") == ""
+
+
+def test_every_function_of_torch_that_draws_is_known() -> None:
+    """torch tags them. Those like ``lstm``, which draw for a rate of dropout, are common names of attributes."""
+    tagged = set()
+    for name in {name[6:].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")}:
+        packet = getattr(torch.ops.aten, name)
+        if any(torch.Tag.nondeterministic_seeded in getattr(packet, each).tags for each in packet.overloads()):
+            tagged.add(name)
+    places = (torch, torch.Tensor, nn.functional, torch.special, torch.linalg)
+    public = {name for name in tagged if not name.startswith("_") and any(hasattr(place, name) for place in places)}
+    assert {"rand", "bernoulli_", "multinomial"} < public
+    assert sorted(public - _DRAWING - {"lstm", "gru", "rnn_tanh", "rnn_relu", "miopen_rnn"}) == []
+
+
+@pytest.mark.parametrize("module", [nn.functional, nn.init, torch], ids=lambda module: module.__name__)
+def test_every_function_of_torch_in_python_that_calls_one_that_draws_is_known(module: ModuleType) -> None:
+    functions = {name: each for name, each in vars(module).items() if isinstance(each, FunctionType)}
+    calling = {name for name, each in functions.items() if {*names_in(each.__code__)} & _DRAWING}
+    public = {name for name in calling if not name.startswith("_")} - {"get_rng_state", "initial_seed"}
+    assert sorted(public - _DRAWING) == []
+
+
+def test_every_module_of_torch_that_draws_is_known() -> None:
+    """Those that draw when they are called, and those that draw their first parameters when they are made."""
+    pools = nn.FractionalMaxPool2d(2, 2), nn.FractionalMaxPool3d(2, 2)
+    for module in (nn.Dropout2d(), nn.AlphaDropout(), nn.RReLU(), *pools):
+        assert may_draw(node(closing(module))) == type(module).__name__
+    functions = _DRAWING & ({*dir(torch)} | {*dir(nn.functional)})
+    drawing = {
+        name
+        for name, kind in vars(nn).items()
+        if isinstance(kind, type) and issubclass(kind, nn.Module) and {*names_in(kind.forward.__code__)} & functions
+        # A rate that is not 0 is found in the module.
+        if "dropout" not in inspect.signature(kind).parameters and not issubclass(kind, nn.RNNBase)
+    }
+    assert {"Dropout", "FractionalMaxPool2d"} < drawing
+    assert [name for name in sorted(drawing) if not any(part in name for part in _DRAWING_MODULES)] == []
+    for name in ("Linear", "Conv2d", "Embedding", "LSTM", "Transformer", "MultiheadAttention", "Bilinear"):
+        assert draws_in(f"import torch\ndef f(learner): return torch.nn.{name}(2, 2)\n") == f"{name} in f"
+    assert draws_in("import torch\ndef f(learner): return isinstance(learner, torch.nn.BatchNorm2d)\n") == ""
 
 
 def test_a_model_that_is_read_may_draw_when_it_is_called() -> None:

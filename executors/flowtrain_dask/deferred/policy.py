@@ -14,10 +14,12 @@ Deferred callbacks that are joined by ``run_after`` or a resource share a lane, 
 
 from __future__ import annotations
 
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import FunctionType, ModuleType
+from functools import cache
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -124,19 +126,35 @@ def may_draw(node: Node, state: LearnerState | None = None) -> str:
 
 _DRAWING = frozenset(
     (
-        "DataLoader", "RandomSampler", "WeightedRandomSampler", "default_generator", "manual_seed", "random_split",
-        "seed", "fork_rng", "rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm", "random",
-        "random_", "random_sample", "normal", "normal_", "uniform", "uniform_", "bernoulli", "bernoulli_", "binomial",
-        "multinomial", "poisson", "exponential", "exponential_", "geometric", "geometric_", "cauchy_", "log_normal_",
-        "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout", "native_dropout",
-        "gumbel_softmax", "rrelu", "rsample", "sample", "randrange", "randbytes", "getrandbits", "choice", "choices",
-        "shuffle", "permutation", "permuted", "gauss", "normalvariate", "standard_normal", "triangular", "beta",
-        "gamma", "betavariate", "expovariate", "gammavariate", "lognormvariate", "paretovariate", "vonmisesvariate",
-        "weibullvariate", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_", "trunc_normal_",
-        "orthogonal_", "reset_parameters", "scaled_dot_product_attention",
+        "DataLoader", "RandomSampler", "SubsetRandomSampler", "WeightedRandomSampler", "alpha_dropout",
+        "alpha_dropout_", "bernoulli", "bernoulli_", "beta", "betavariate", "binomial", "cauchy_", "chisquare",
+        "choice", "choices", "default_generator", "dirichlet", "dropout", "dropout1d", "dropout2d", "dropout3d",
+        "dropout_", "exponential", "exponential_", "expovariate", "feature_alpha_dropout", "feature_alpha_dropout_",
+        "feature_dropout", "feature_dropout_", "fork_rng", "fractional_max_pool2d",
+        "fractional_max_pool2d_with_indices", "fractional_max_pool3d", "fractional_max_pool3d_with_indices", "gamma",
+        "gammavariate", "gauss", "geometric", "geometric_", "getrandbits", "gumbel", "gumbel_softmax",
+        "hypergeometric", "kaiming_normal", "kaiming_normal_", "kaiming_uniform", "kaiming_uniform_", "laplace",
+        "lobpcg", "log_normal_", "logistic", "lognormal", "lognormvariate", "logseries", "manual_seed",
+        "multi_head_attention_forward", "multinomial", "multivariate_normal", "native_dropout", "negative_binomial",
+        "noncentral_chisquare", "noncentral_f", "normal", "normal_", "normalvariate", "orthogonal_", "pareto",
+        "paretovariate", "pca_lowrank", "permutation", "permuted", "poisson", "rand", "rand_like", "randbytes",
+        "randint", "randint_like", "randn", "randn_like", "random", "random_", "random_integers", "random_sample",
+        "random_split", "randperm", "randrange", "ranf", "rayleigh", "reset_parameters", "rrelu", "rrelu_",
+        "rrelu_with_noise", "rrelu_with_noise_", "rsample", "sample", "sample_n", "scaled_dot_product_attention",
+        "seed", "shuffle", "sparse_", "standard_cauchy", "standard_exponential", "standard_gamma", "standard_normal",
+        "standard_t", "svd_lowrank", "triangular", "trunc_normal_", "uniform", "uniform_", "vonmises",
+        "vonmisesvariate", "wald", "weibull", "weibullvariate", "xavier_normal", "xavier_normal_", "xavier_uniform",
+        "xavier_uniform_", "zipf",
+        "set_rng_state", "numpy.random",  # in the code of a function that imports it
     )
 )  # fmt: skip
-"""Names of functions that draw from the generators of the process."""
+"""Names of functions that draw from the generators of the process. Those of NumPy with a common name, such as ``f`` and
+``bytes``, are not among them: `_draws` knows these by the generator that they belong to."""
+
+_python = getattr(random.random, "__self__", None)
+
+_DRAWING_MODULES = ("Dropout", "RReLU", "FractionalMaxPool")
+"""Parts of the names of modules of torch that draw. Those with a rate of dropout are known by their rate."""
 
 _NOT_USERS = frozenset({"flowtrain", "flowtrain_dask", "numpy", "torch", *sys.stdlib_module_names}) - {"__main__"}
 """Top-level modules that are not the user's code, wherever they are installed."""
@@ -156,13 +174,19 @@ def _drawn_in(waiting: list[Any]) -> str:
             kind = one if isinstance(one, type) else type(one)
             if issubclass(kind, torch.nn.Module) and one is not kind:
                 rate = getattr(one, "dropout", None)  # recurrent layers and attention have a rate of dropout
-                if "Dropout" in kind.__name__ or kind.__name__ == "RReLU" or (isinstance(rate, float) and rate):
+                if any(part in kind.__name__ for part in _DRAWING_MODULES) or (isinstance(rate, float) and rate):
                     return kind.__name__
+            elif what := _draws(one):
+                return what
             elif isinstance(one, FunctionType) and _is_users(one.__module__):
                 names = {*names_in(one.__code__)}
-                if drawing := names & _DRAWING:
+                if drawing := names & (_DRAWING | _made_at_random()):
                     return f"{min(drawing)} in {one.__qualname__}"
-                waiting += _globals_of(one, names)
+                found = _globals_of(one, names)
+                # A function has another name here where it was imported ``as`` that.
+                if what := next((what for each in found if (what := _draws(each))), ""):
+                    return f"{what} in {one.__qualname__}"
+                waiting += [each for each in found if not isinstance(each, ModuleType)]
             # The attributes of a class of the user count as well: its methods may draw.
             if id(kind) not in seen or one is kind:
                 waiting += [each for base in kind.__mro__ if _is_users(base.__module__) for each in vars(base).values()]
@@ -171,11 +195,41 @@ def _drawn_in(waiting: list[Any]) -> str:
 
 
 def _globals_of(function: FunctionType, names: set[str]) -> list[Any]:
-    """Return the global objects that a function names, including those that it reaches through a module."""
+    """Return the global objects that a function names, including those that it reaches through a module of the user."""
     found = [function.__globals__[name] for name in names & function.__globals__.keys()]
     modules = [each for each in found if isinstance(each, ModuleType) and _is_users(each.__name__)]
     inside = [vars(module)[name] for module in modules for name in names & vars(module).keys()]
-    return [each for each in (*found, *inside) if not isinstance(each, ModuleType)]
+    return [*found, *inside]
+
+
+def _draws(value: Any) -> str:
+    """Return the name of a function or module of another package that draws from the generators of the process."""
+    if isinstance(value, ModuleType):
+        return value.__name__ if value.__name__ in ("random", "numpy.random") else ""
+    if not isinstance(value, (FunctionType, BuiltinFunctionType, MethodType)):
+        return ""
+    owner, name = getattr(value, "__self__", None), value.__name__
+    # The functions of Python's and NumPy's modules are methods of a generator that has no public name.
+    if owner is not None and any(owner is each for each in (_python, _numpy())):
+        return name
+    return name if name in _DRAWING and not _is_users(value.__module__ or "torch") else ""
+
+
+def _numpy() -> object:
+    """Return the generator behind the functions of ``numpy.random``; ``None`` if NumPy is not imported."""
+    return getattr(sys.modules.get("numpy.random.mtrand"), "_rand", None)
+
+
+@cache
+def _made_at_random() -> frozenset[str]:
+    """Return the names of the modules of torch that draw their first parameters: a handler that makes one draws."""
+    drawing = set()
+    for name, kind in vars(torch.nn).items():
+        for method in ("reset_parameters", "_reset_parameters"):
+            code = getattr(getattr(kind, method, None), "__code__", None)
+            if isinstance(kind, type) and code is not None and {*names_in(code)} & _DRAWING:
+                drawing.add(name)
+    return frozenset(drawing)
 
 
 def _is_users(module: str) -> bool:
