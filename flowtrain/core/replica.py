@@ -19,7 +19,7 @@ __all__ = ["FIRST_FAILURE", "FLAGS", "Replica", "Single"]
 FLAGS: Final = 8
 """The number of flags; `flowtrain.training.ranks.sync_points` says what each of them means."""
 
-FIRST_FAILURE: Final = 3
+FIRST_FAILURE: Final = 4
 """The first of the flags that mean a failure, by its index. If any rank sets one of them, no rank makes the update."""
 
 

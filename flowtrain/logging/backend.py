@@ -256,4 +256,3 @@ HOLD = (
     "it into the callback between two fits and call learner.set_callbacks(list(learner.callbacks))."
 )
 """The remedy in errors about a backend that no learner has opened."""
-

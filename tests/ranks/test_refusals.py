@@ -208,6 +208,37 @@ def test_a_step_that_calls_its_optimizer_itself_is_refused(ranks: Ranks) -> None
         assert "Write learner.update(self), which averages the gradients over the ranks" in outcome.error.text
 
 
+class UpdatesApart(AbstractTrainingPhase):
+    """Makes an update with the second batch, on one rank alone if that is wanted."""
+
+    batches, apart = 0, True
+
+    def step(self, learner: StepContext, raw: Any) -> None:
+        with learner.run_batch(self, inputs=raw[0], targets=raw[1]) as batch:
+            batch.loss = learner.lossfn(learner.model(batch.inputs), batch.targets)
+            learner.backward(self, batch.loss)
+            type(self).batches += 1
+            if self.batches == 2 and not (self.apart and rank()):
+                learner.update(self)
+
+
+def update_apart(*, apart: bool) -> Any:
+    UpdatesApart.apart = apart
+    made = learner(model(), phase=UpdatesApart)
+    made.fit(1)
+    return weights(made.model), made.state.updates
+
+
+def test_a_step_that_updates_on_one_rank_alone_ends_on_all(ranks: Ranks) -> None:
+    for outcome in ranks.run(update_apart, apart=True):
+        assert outcome.ended == "RankError"
+        assert outcome.error is not None
+        assert outcome.error.text.startswith("1 of 2 ranks make an update, and the others do not: they would wait for")
+    one, two = ranks.values(update_apart, apart=False)
+    assert one == two
+    assert one[1] == 1
+
+
 class Skips(AbstractTrainingPhase):
     """Leaves out every batch of the second rank."""
 

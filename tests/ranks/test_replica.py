@@ -141,7 +141,7 @@ class ReplicaContract:
     kind: ClassVar[Kind]
 
     def test_a_batch_computes_what_the_module_does_and_the_flags_are_summed(self, ranks: Ranks) -> None:
-        one, other = [[1, 1], [2, 2]] if self.kind is None else [[3, 3], [3, 3]]
+        one, other = ([each] * (FIRST_FAILURE - 1) for each in ((1, 2) if self.kind is None else (3, 3)))
         assert ranks.values(computes, self.kind) == [(True, one, True), (True, other, True)]
 
     def test_gradients_that_wait_are_sent_with_those_of_a_later_batch(self, ranks: Ranks) -> None:

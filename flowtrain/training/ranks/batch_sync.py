@@ -197,7 +197,7 @@ class BatchSync:
         """See `Sync.updating`. DDP has agreed and averaged in its backward pass."""
         if not (self.uses_replica(phase) and in_batch):
             following = self._points.next
-            self.agree()
+            self._points.ask(updates=True)
             self._core.average(names)
             self._points.expect(following)
         end = on.update_end

@@ -55,10 +55,11 @@ T = TypeVar("T")
 NO_BATCH: Final = 0
 INTERRUPT: Final = 1
 END: Final = 2
+_UPDATES: Final = 3
 _BATCH: Final = FIRST_FAILURE
-_EPOCH: Final = 4
-_FIT: Final = 5
-_ERROR: Final = 6
+_EPOCH: Final = 5
+_FIT: Final = 6
+_ERROR: Final = 7
 
 _CANCELS: dict[int, type[CancelException]] = {
     _BATCH: CancelBatchException,
@@ -156,6 +157,7 @@ class SyncPoints:
         batch: bool = True,
         ended: bool = False,
         unable: bool = False,
+        updates: bool = False,
     ) -> list[int]:
         """Return the flags of this rank.
 
@@ -164,9 +166,11 @@ class SyncPoints:
             batch: Whether a late cancel of a batch is among them; it must wait for the sync point of a batch.
             ended: Whether this rank has no further batch.
             unable: Whether it cannot take part in the batches of other ranks without one of its own.
+            updates: Whether it makes an update next, whose gradients are averaged after this message.
         """
         found = [0] * FLAGS
         found[NO_BATCH], found[INTERRUPT], found[END] = int(unable), int(self.signalled), int(ended)
+        found[_UPDATES] = int(updates)
         if failure is None and (batch or not isinstance(self._late, CancelBatchException)):
             failure = self._late
         if failure is not None:
@@ -192,9 +196,17 @@ class SyncPoints:
 
         Raises:
             BaseException: The failure of this rank, or one that names the rank that has failed.
+            RankError: Some ranks make an update, and others do not.
         """
         self.next, self.known = NONE, _worst(sums)
         self.interrupted = self.interrupted or sums[INTERRUPT] > 0
+        if not self.known and 0 < sums[_UPDATES] < self.world.size:  # all ranks see it, so nobody must be told
+            self.known, self.fit_ends = _ERROR, True
+            raise RankError(
+                f"{sums[_UPDATES]} of {self.world.size} ranks make an update, and the others do not: they would wait "
+                f"for each other, and the models would differ. Let a step call learner.update in the same batches on "
+                f"all ranks: not by its own loss, data, clock or random numbers."
+            )
         if not self.known:
             return
         own, self._late = failure or self._late, None  # `flags` has told the same one of the two
