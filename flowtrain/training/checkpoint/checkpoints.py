@@ -161,8 +161,7 @@ class Checkpoints:
         finite = self._parts.begin(self._is_finite())
         failures, undecided = Failures(), Failures()
         # All requesting callbacks decide before any state is copied, so that every copy holds all their decisions.
-        decided = [undecided.attempt(request.decided, finite) or request for request in requests]
-        for request in decided:
+        for request in [undecided.attempt(request.decided, finite) or request for request in requests]:
             with failures:  # raised below, after the other checkpoints are taken
                 # While a resumed fit is not back at the position of its checkpoint, that checkpoint is saved again:
                 # state and generators of the learner are still a mixture of two positions.
