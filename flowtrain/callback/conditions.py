@@ -90,7 +90,7 @@ class Every(Counting):
 
     def __init__(self, event_type: type[Event], every: int) -> None:
         super().__init__(event_type)
-        self.every = whole_number("every", every)
+        self.every = whole_number("Every(): every", every)
 
     def ready(self, phase: Phase) -> bool:
         """Count the event, and tell whether its number is a multiple of n."""
@@ -102,15 +102,15 @@ class After(Counting):
 
     Args:
         event_type: The type of the events that are counted.
-        n: The number of events that do not pass, at least 0.
+        n: The number of events that do not pass, at least 1: with 0 the condition would do nothing.
 
     Raises:
-        UsageError: `n` is no whole number, or below 0.
+        UsageError: `n` is no whole number, or below 1.
     """
 
     def __init__(self, event_type: type[Event], n: int) -> None:
         super().__init__(event_type)
-        self.n = whole_number("After(): n", n, least=0)
+        self.n = whole_number("after(): n", n)
 
     def ready(self, phase: Phase) -> bool:
         """Count the event, and tell whether the first n are over."""
@@ -122,15 +122,15 @@ class Before(Counting):
 
     Args:
         event_type: The type of the events that are counted.
-        n: The number of the first event that does not pass, at least 1.
+        n: The number of the first event that does not pass, at least 2: with 1 no event would pass.
 
     Raises:
-        UsageError: `n` is no whole number, or below 1.
+        UsageError: `n` is no whole number, or below 2.
     """
 
     def __init__(self, event_type: type[Event], n: int) -> None:
         super().__init__(event_type)
-        self.n = whole_number("Before(): n", n)
+        self.n = whole_number("before(): n", n, least=2)
 
     def ready(self, phase: Phase) -> bool:
         """Count the event, and tell whether the n-th is still to come."""

@@ -99,7 +99,7 @@ def after(callback: CB, event_type: type[Event], n: int) -> CB:
         UsageError: `n` is no whole number, or below 1, or the callback does not handle the event.
     """
     _check("after", callback, event_type, "100")
-    return _attach(callback, After(event_type, whole_number("after(): n", n)))
+    return _attach(callback, After(event_type, n))
 
 
 def before(callback: CB, event_type: type[Event], n: int) -> CB:
@@ -114,7 +114,7 @@ def before(callback: CB, event_type: type[Event], n: int) -> CB:
         UsageError: `n` is no whole number, or below 2, or the callback does not handle the event.
     """
     _check("before", callback, event_type, "100")
-    return _attach(callback, Before(event_type, whole_number("before(): n", n, least=2)))
+    return _attach(callback, Before(event_type, n))
 
 
 def when(callback: CB, event_type: type[Event], predicate: Callable[[int, Phase], bool]) -> CB:

@@ -235,7 +235,9 @@ def process_rank() -> int:
     """Return the rank of this process in a distributed run; 0 in a run of one process."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", "0") or 0)  # set by torchrun
+    # torchrun sets all of these. A RANK alone is the variable of another program, and this process writes its log.
+    started = all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
+    return int(os.environ["RANK"]) if started else 0
 
 
 def given_path(owner: str, path: Any) -> str:

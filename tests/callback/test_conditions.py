@@ -26,17 +26,17 @@ def test_every_counts_by_phase_and_goes_on_from_its_state() -> None:
 
 @pytest.mark.parametrize("every", [0, -1, 1.5, True, "2"])
 def test_every_is_a_whole_number(every: Any) -> None:
-    with pytest.raises(UsageError, match=r"^every is a whole number, at least 1, got "):
+    with pytest.raises(UsageError, match=r"^Every\(\): every is a whole number, at least 1, got "):
         Every(BatchEnd, every)
 
 
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (lambda: After(BatchEnd, untyped("2")), "After(): n is a whole number, at least 0, got '2'."),
-        (lambda: After(BatchEnd, -1), "After(): n is a whole number, at least 0, got -1."),
-        (lambda: Before(BatchEnd, untyped(2.0)), "Before(): n is a whole number, at least 1, got 2.0."),
-        (lambda: Before(BatchEnd, 0), "Before(): n is a whole number, at least 1, got 0."),
+        (lambda: After(BatchEnd, untyped("2")), "after(): n is a whole number, at least 1, got '2'."),
+        (lambda: After(BatchEnd, -1), "after(): n is a whole number, at least 1, got -1."),
+        (lambda: Before(BatchEnd, untyped(2.0)), "before(): n is a whole number, at least 2, got 2.0."),
+        (lambda: Before(BatchEnd, 0), "before(): n is a whole number, at least 2, got 0."),
         (
             lambda: EverySeconds(BatchEnd, untyped("3")),
             "EverySeconds(..., '3'): seconds is a number above zero, such as 30.",

@@ -15,7 +15,15 @@ from flowtrain import BatchEnd, Learner
 from flowtrain.callbacks import Checkpointer, CustomCallback, LogMetrics
 from flowtrain.errors import LoggingError
 from flowtrain.logging import CsvBackend, File, JsonlBackend, LoggerBackend, Run, TensorBoardBackend, Value
-from flowtrain.logging.files import AppendingFile, FileBackend, not_open, read_file, replace_file, unwritable
+from flowtrain.logging.files import (
+    AppendingFile,
+    FileBackend,
+    not_open,
+    process_rank,
+    read_file,
+    replace_file,
+    unwritable,
+)
 from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
 from tests.support.programs import Programs
@@ -305,3 +313,14 @@ def test_records_of_another_run_are_noticed(kind: type[FileBackend], tmp_path: P
     used(Run("fourth", rank=1))
     after = {each.name: each.read_bytes() for each in tmp_path.glob("**/*") if each.is_file()}
     assert all(after[name].startswith(content) for name, content in before)
+
+
+def test_the_rank_of_another_program_silences_no_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    variables = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets all of these
+    for name in variables:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "silver")
+    assert process_rank() == 0
+    for name in variables:
+        monkeypatch.setenv(name, "3")
+    assert process_rank() == 3

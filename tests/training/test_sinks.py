@@ -254,7 +254,7 @@ def test_the_process_that_trains_closes_the_backends_that_it_opened(tmp_path: Pa
 
 
 def test_only_the_first_process_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")  # torchrun sets this
+    monkeypatch.setattr("flowtrain.training.sinks.process_rank", lambda: 1)
     learner = tiny_learner(LogMetrics(JsonlBackend(tmp_path / "log")))
     learner.fit(1)
     learner.close()
