@@ -172,14 +172,14 @@ class TraceWriter:
     def _template(self, mark: Mark, track: int | Track, texts: list[str]) -> str:
         """Return the text of a trace event of a mark on a track, up to its numbers; a new track is named in `texts`."""
         if track not in self._lines:
-            texts += [",\n" + json.dumps(each) for each in self._begin_line(track)]
+            texts += [",\n" + json.dumps(each) for each in self._begin_line(track, mark.kind)]
         pid, tid = self._lines[track]
         head = json.dumps({"name": mark.name, "cat": mark.kind, "ph": "X", "pid": pid, "tid": tid}).replace("%", "%%")
         args = json.dumps(dict(mark.args), default=str).replace("%", "%%")
         return f',\n{head[:-1]}, "ts": %d.%03d, "dur": %d.%03d, "args": {args}}}'
 
-    def _begin_line(self, track: int | Track) -> Iterator[dict[str, Any]]:
-        """Give a track its numbers, and yield the trace events that name it."""
+    def _begin_line(self, track: int | Track, kind: str) -> Iterator[dict[str, Any]]:
+        """Give a track its numbers, and yield the trace events that name it, by its first kind if it has ended."""
         if isinstance(track, Track):
             pid = self._processes.get(track.process) if track.process else self._pid
             if pid is None:
@@ -189,7 +189,7 @@ class TraceWriter:
             name = track.thread
         else:
             names = {thread.ident: thread.name for thread in threading.enumerate()}
-            pid, name = self._pid, names.get(track, "thread")
+            pid, name = self._pid, names.get(track, f"{kind} thread")
             name = "training" if name == "MainThread" else name
         tid = len(self._lines) + 1
         self._lines[track] = pid, tid

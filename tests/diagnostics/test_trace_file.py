@@ -82,6 +82,16 @@ def test_threads_and_tracks_have_lines_of_their_own(tmp_path: Path) -> None:
     assert found == [("rank 1", "strand 1"), ("worker tcp://x", "lane A"), ("worker tcp://x", "lane B")]
 
 
+def test_a_thread_that_has_ended_is_named_by_what_it_did(tmp_path: Path) -> None:
+    """The thread of a checkpoint may end before anybody asks for its name."""
+    made = clock()
+    writer = TraceWriter(made, tmp_path / "a.json", 0, 1 << 20, {})
+    now = time.perf_counter_ns()
+    made.add(Mark("writes a.ckpt", "checkpoint"), now, now + 1, -1)  # no thread has this number
+    writer.close()
+    assert [one.thread for one in slices_of(writer.path)] == ["checkpoint thread"]
+
+
 def test_a_file_that_is_cut_off_anywhere_has_the_events_before(tmp_path: Path) -> None:
     path = written(tmp_path / "a.json", *(Mark(f"part {number}", "part") for number in range(4)))
     whole, text = events_of(path), path.read_bytes()
