@@ -60,7 +60,8 @@ class DaskExecutor:
         workers: How many handlers can run at the same time, including one on the training thread. By default the number
             of cores that this process may use, and more if handlers wait.
         parallel: ``"auto"`` runs an event in parallel if measuring shows that this is faster, ``"always"`` if two
-            handlers are independent, ``"never"`` not at all.
+            handlers are independent, ``"never"`` not at all. A like plan of a later learner of the process begins as
+            measured before; the results are the same.
         defer: ``"auto"`` leaves a deferrable callback in place until measuring shows that training is faster without
             it, ``"always"`` or ``True`` defers it from the first event on, ``"never"`` or ``False`` not at all. With
             `resources` ``"auto"`` is ``"always"``.

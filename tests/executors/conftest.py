@@ -10,6 +10,12 @@ from tests.support.dask_processes import DaskProcesses
 from tests.support.programs import Programs
 
 
+@pytest.fixture(autouse=True)
+def nothing_measured_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no test begin with what another one has measured."""
+    monkeypatch.setattr("flowtrain_dask.parallel.decision._won", {})
+
+
 @pytest.fixture(scope="session")
 def dask_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[DaskProcesses]:
     """A cluster with the workers ``a`` and ``b``, for the tests that leave it whole."""
