@@ -134,16 +134,25 @@ class AppendingFile:
         """Wait until the whole file is on the disk; return its size in bytes.
 
         Raises:
-            LoggingError: The disk has failed.
+            LoggingError: The disk has failed, or the file was deleted.
         """
         try:
             os.fsync(self._descriptor)
+            deleted = not os.fstat(self._descriptor).st_nlink and not os.path.exists(self.path)
         except OSError as error:
             raise LoggingError(f"{self.path} cannot be brought to the disk: {error.strerror}.") from error
+        if deleted:  # the system takes records all the same, and nobody could read them
+            raise LoggingError(
+                f"{self.path} was deleted while it was open, so its {self.size} bytes are lost. The last checkpoint is "
+                f"not changed. Resume from it with a log of another path, which begins there; or delete the "
+                f"checkpoints too, and begin anew."
+            )
         return self.size
 
     def close(self) -> None:
-        """Bring the file to the disk and close it."""
+        """Bring the file to the disk and close it, unless an interrupt has come after it was closed."""
+        if self._file.closed:
+            return
         try:
             self.sync()
         finally:

@@ -33,6 +33,7 @@ from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.checkpoint.position import Position, Stream, loader_start
+from flowtrain.training.checkpoint.rng import hold_queues
 from flowtrain.training.dispatch import Dispatch
 from flowtrain.training.failures import Failures
 from flowtrain.training.fit_data import check_gave, has_workers, planned_updates, set_epoch, shortest
@@ -194,6 +195,9 @@ class Loop:
         if training and self.checkpoints.resumed is None:  # a checkpoint has the groups as training left them
             optimizers, main = by_name(self.state.optimizer), not self.state.rank
             check_trained(optimizers, self.core.models, self.state.lossfn, warns=main)
+        # Wait for the checkpoint of the beginning. Otherwise a process that is killed, or that cannot write it, leaves
+        # logs and no checkpoint, and the next run begins anew and writes the same records after them.
+        self.checkpoints.writer.wait()
 
     def _fit_epochs(self, data: PhaseMap[Any], epochs: int, every: int) -> None:
         """Run `epochs` rounds. Phases that do not train run in every `every`-th round, and in the last one."""
@@ -241,6 +245,7 @@ class Loop:
             self._epoch(phase, loader, most)
         finally:  # a second interrupt can be raised while the epoch is being closed
             self.scopes.close_epoch()
+            hold_queues(loader)
         if self.dispatch.mailbox.calls:  # a handler of the last batch may have requested a checkpoint
             self.dispatch.mailbox.empty()
 

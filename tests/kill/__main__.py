@@ -68,7 +68,8 @@ def main() -> int:
             folder.mkdir()
             before = found.faults.total()
             draw = random.Random(f"{arguments.seed} {number}")
-            with mounted(folder / "checkpoints", mounts() and draw.random() < 0.3):
+            disks = mounts() and draw.random() < 0.3
+            with mounted(folder / "checkpoints", disks), mounted(folder / "logs", disks):
                 wrong = one_run(folder, wholes[name], name, draw, cluster.address, found)
                 if wrong and arguments.keep:
                     shutil.copytree(folder, folder.with_name(f"{number} kept"), dirs_exist_ok=True)
@@ -116,10 +117,10 @@ def one_run(folder: Path, whole: Path, name: str, draw: random.Random, cluster: 
         executor = draw.choice(executors)
         code = attempt(folder, VARIANTS[name], executor, cluster, fault)
         found.executors[executor] += 1
-        if code == 0:
-            return differences(whole, folder)
         kind = fault.kind if fault is not None else "no fault"
-        if code not in (3, CLEAR, *DEAD) or (code == CLEAR and kind not in DISKS):
+        if code == 0 and (folder / "result.pt").exists():  # otherwise it was deleted
+            return differences(whole, folder)
+        if code not in (0, 3, CLEAR, *DEAD) or (code == CLEAR and (fault is None or fault.where not in DISKS)):
             text = (folder / "output.txt").read_text()[-1500:]
             return [f"exit code {code} under {executor} after {kind}: {text}"]
         found.faults[kind] += 1

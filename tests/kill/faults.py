@@ -35,6 +35,9 @@ INTERRUPTED, CLEAR = 3, 4
 FULL = 40_000
 """The size in bytes of the largest file that a full disk takes: less than a checkpoint has."""
 
+ROOM = 2_000_000
+"""The size in bytes of a file system of its own."""
+
 PLACES: dict[str, list[tuple[type, str]]] = {
     "a checkpoint": [(Checkpointer, "state_dict"), (DaskExecutor, "state_dict")],
     "a flush": [(JsonlBackend, "flush"), (CsvBackend, "flush"), (TensorBoardBackend, "flush"), (DaskExecutor, "flush")],
@@ -48,7 +51,7 @@ PLACES: dict[str, list[tuple[type, str]]] = {
 }
 """Methods at whose calls a process is killed."""
 
-DISKS = ("full disk", "read-only", "no room", "no folder")
+DISKS = ("full disk", "read-only", "no room", "no folder", "deleted")
 
 
 @dataclass(frozen=True)
@@ -58,28 +61,32 @@ class Fault:
     Attributes:
         where: ``"moment"``, ``"operation"``, a place of `PLACES`, ``"an interrupt"``, or one of `DISKS`.
         name: The name of the signal.
+        second: The name of the signal that follows an interrupt.
         group: Whether the signal goes to the whole group of processes.
         number: The number of the file operation, or of the call.
         before: Whether it happens before the operation or the call, and not after it.
         delay: The seconds until the moment.
-        after: The seconds from the interrupt to the kill, or from the call to the signal.
+        after: The seconds from the interrupt to the second signal, or from the call to the signal.
+        logs: Whether the disk of the logs has no room, and not that of the checkpoints.
     """
 
     where: str
     name: str
+    second: str
     group: bool
     number: int
     before: bool
     delay: float
     after: float
+    logs: bool
 
     @property
     def kind(self) -> str:
         """The words for the report."""
         if self.where in DISKS:
-            return self.where
+            return f"{self.where} for logs" if self.where == "no room" and self.logs else self.where
         if self.where == "an interrupt":
-            return f"SIGKILL after {self.name}{' to the group' if self.group else ''}"
+            return f"{self.second} after {self.name}{' to the group' if self.group else ''}"
         place = self.where if self.where in PLACES else f"a random {self.where}"
         return f"{self.name}{' to the group' if self.group else ''} at {place}"
 
@@ -89,15 +96,16 @@ def draw_fault(draw: random.Random, *, disk: bool) -> Fault:
 
     Args:
         draw: Draws.
-        disk: Whether the folder of the checkpoints is a file system of its own.
+        disk: Whether the folders of the checkpoints and of the logs are file systems of their own.
     """
     places = ["moment", "operation", "operation", *PLACES, "an interrupt", "full disk"]
-    where = draw.choice([*places, "read-only", "no room"] if disk else [*places, "no folder"])
+    where = draw.choice([*places, "read-only", "no room", "no room"] if disk else [*places, "no folder", "deleted"])
     names = ["SIGTERM", "SIGINT"] if where == "an interrupt" else ["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]
     most = {"operation": 260, "an interrupt": 260, "a resume": 3}.get(where, 14)
     return Fault(
-        where, draw.choice(names), draw.random() < 0.4, draw.randint(1, most), draw.random() < 0.5,
-        draw.uniform(0, 1.5), draw.uniform(0, 1.2 if where == "an interrupt" else 0.02),
+        where, draw.choice(names), draw.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGINT"]), draw.random() < 0.4,
+        draw.randint(1, most), draw.random() < 0.5, draw.uniform(0, 1.5),
+        draw.uniform(0, 1.2 if where == "an interrupt" else 0.02), draw.random() < 0.5,
     )  # fmt: skip
 
 
@@ -115,13 +123,14 @@ def attempt(folder: Path, variant: Variant, executor: str, cluster: str, fault: 
     process = os.fork()
     if not process:
         _be_the_training(folder, variant, executor, cluster, fault)
-    if fault is not None and fault.where in ("moment", "read-only", "no room", "no folder"):
+    if fault is not None and fault.where in ("moment", "read-only", "no room", "no folder", "deleted"):
         time.sleep(fault.delay)
         if fault.where == "moment":
             with contextlib.suppress(ProcessLookupError):  # it may have ended, and may not lead a group yet
                 (os.killpg if fault.group else os.kill)(process, ENDS[fault.name])
         else:
-            return _with_bad_disk(folder / "checkpoints", fault.where, process)
+            name = "logs" if fault.where == "no room" and fault.logs else "checkpoints"
+            return _with_bad_disk(folder / name, fault.where, process)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
@@ -129,6 +138,8 @@ def _be_the_training(folder: Path, variant: Variant, executor: str, cluster: str
     code = 1
     try:
         os.setsid()
+        # A shell starts programs in the background with this signal ignored, and this process inherits that.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         warnings.simplefilter("ignore")
         output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(output, 1)
@@ -140,8 +151,8 @@ def _be_the_training(folder: Path, variant: Variant, executor: str, cluster: str
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (CheckpointError, LoggingError):
+        code = CLEAR  # before the next line, in which a signal may come
         traceback.print_exc()
-        code = CLEAR
     except BaseException:
         traceback.print_exc()
     finally:
@@ -161,7 +172,7 @@ def _meet(fault: Fault) -> None:
     elif fault.where == "an interrupt":
 
         def interrupt() -> None:
-            threading.Timer(fault.after, send, (signal.SIGKILL,)).start()
+            threading.Timer(fault.after, send, (ENDS[fault.second],)).start()
             end()
 
         _at_operation(fault.number, fault.before, interrupt)
@@ -219,11 +230,11 @@ def mounted(place: Path, wanted: bool) -> Any:
         yield
         return
     place.mkdir()
-    _mount("-t", "tmpfs", "-o", "size=8m", "none", str(place))
+    _mount("-t", "tmpfs", "-o", f"size={ROOM}", "none", str(place))
     try:
         yield
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(place)], check=True)  # a worker may still be ending
 
 
 def _mount(*options: str) -> bool:
@@ -231,10 +242,15 @@ def _mount(*options: str) -> bool:
 
 
 def _with_bad_disk(place: Path, where: str, process: int) -> int:
-    """Let the file system of the checkpoints fail until the training has ended, and then make it work again."""
-    away = place.with_name("away")
+    """Let the file system of a folder fail until the training has ended, and then make it work again.
+
+    If everything is deleted, the folder with all logs and checkpoints, it stays so: the training begins anew.
+    """
+    away, filler = place.with_name("away"), place / "filler"
     if where == "no folder" and place.exists():
         shutil.move(place, away)
+    elif where == "deleted":
+        _delete(place)
     while True:
         done, status = os.waitpid(process, os.WNOHANG)
         if done:
@@ -243,13 +259,31 @@ def _with_bad_disk(place: Path, where: str, process: int) -> int:
         if where == "read-only":
             _mount("-o", "remount,ro", str(place))
         elif where == "no room":
-            _mount("-o", "remount,size=20k", str(place))
+            _fill(filler)
         time.sleep(0.02)
-    if where == "no folder":
-        if away.exists():
-            if place.exists():
-                shutil.rmtree(place)
-            shutil.move(away, place)
-    else:
-        _mount("-o", "remount,rw,size=8m", str(place))
+    if where == "no folder" and away.exists():
+        if place.exists():
+            shutil.rmtree(place)
+        shutil.move(away, place)
+    elif where == "deleted":
+        _delete(place)
+    elif where == "read-only":
+        _mount("-o", "remount,rw", str(place))
+    filler.unlink(missing_ok=True)
     return os.waitstatus_to_exitcode(status)
+
+
+def _delete(checkpoints: Path) -> None:
+    """Delete what a training has written, in which it may be writing."""
+    for place in (checkpoints, checkpoints.with_name("logs")):
+        while place.exists():
+            shutil.rmtree(place, ignore_errors=True)
+    checkpoints.with_name("result.pt").unlink(missing_ok=True)
+
+
+def _fill(filler: Path) -> None:
+    """Leave no room on the disk of a file."""
+    for size in (1 << 16, 1 << 12, 1):
+        with contextlib.suppress(OSError), filler.open("ab", buffering=0) as file:
+            while file.write(bytes(size)) == size:
+                pass

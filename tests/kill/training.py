@@ -38,7 +38,7 @@ from tests.support.resumed import Noisy
 
 __all__ = ["EXECUTORS", "LOGS", "VARIANTS", "Variant", "prepare", "stateful", "train"]
 
-LOGS = ("metrics.jsonl", "histograms.jsonl", "late.jsonl", "metrics.csv", "board")
+LOGS = ("logs/metrics.jsonl", "logs/histograms.jsonl", "logs/late.jsonl", "logs/metrics.csv", "logs/board")
 """The logs of a training. The last one is a folder of TensorBoard."""
 
 EXECUTORS: dict[str, Callable[[str], Executor]] = {
@@ -76,9 +76,9 @@ def table() -> TensorDataset:
     return TensorDataset(x, x[:, :2] ** 2)
 
 
-def stateful() -> Any:
+def stateful(**options: Any) -> Any:
     module: Any = importlib.import_module("torchdata.stateful_dataloader")  # an optional dependency
-    return module.StatefulDataLoader(table(), 5, shuffle=True)
+    return module.StatefulDataLoader(table(), 5, shuffle=True, **options)
 
 
 def with_generator() -> Any:
@@ -102,6 +102,7 @@ VARIANTS = {
         lambda: DataLoader(table(), 5, shuffle=True), lambda learner: learner.fit(steps=31, resume="auto")
     ),
     "own state": Variant(stateful, epochs(4)),
+    "own state, workers": Variant(lambda: stateful(num_workers=2, persistent_workers=True), epochs(3)),
 }
 
 
@@ -198,5 +199,5 @@ def prepare() -> list[str]:
         stateful()
     except ImportError:
         print("own state: skipped, torchdata is not installed", flush=True)
-        return [name for name in VARIANTS if name != "own state"]
+        return [name for name in VARIANTS if not name.startswith("own state")]
     return list(VARIANTS)

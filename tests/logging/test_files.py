@@ -26,6 +26,7 @@ from flowtrain.logging.files import (
 )
 from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
+from tests.support.logs import log_records
 from tests.support.programs import Programs
 
 
@@ -57,6 +58,20 @@ def test_truncating_goes_back_and_never_forth(tmp_path: Path) -> None:
         ):
             file.truncate(11)
     assert path.read_bytes() == b"one\nthree\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows deletes no file that is open")
+def test_a_file_that_is_deleted_while_it_is_open_is_noticed(tmp_path: Path) -> None:
+    """The system takes records for such a file, which nobody can read."""
+    path = tmp_path / "log"
+    file = AppendingFile(str(path), lines)
+    file.append(b"one\n")
+    path.rename(tmp_path / "moved")  # its records are there
+    assert file.sync() == 4
+    (tmp_path / "moved").unlink()
+    for end in (file.sync, file.close):
+        with pytest.raises(LoggingError, match="log was deleted while it was open, so its 4 bytes are lost"):
+            end()
 
 
 def test_an_interrupt_leaves_whole_records_and_the_right_size(tmp_path: Path) -> None:
@@ -128,6 +143,45 @@ with AppendingFile(sys.argv[1], lambda descriptor: 0) as file:
     except LoggingError as error:
         print(error, flush=True)
 """
+
+
+def test_a_file_is_closed_once(tmp_path: Path) -> None:
+    """An interrupt may come after a file was closed, and before its owner has forgotten it."""
+    file = AppendingFile(str(tmp_path / "log"), lines)
+    file.close()
+    file.close()
+
+
+@pytest.mark.filterwarnings("ignore:The run of the checkpoint logged to:UserWarning")  # and this one does not
+@pytest.mark.skipif(os.name == "nt", reason="Windows deletes no file that is open")
+def test_a_fit_whose_logs_are_deleted_ends_at_its_next_checkpoint(tmp_path: Path) -> None:
+    checkpoints, logs = tmp_path / "checkpoints", tmp_path / "logs"
+
+    def learner(log: str, after: int) -> Learner:
+        """Return a learner of which the logs are deleted after some batches."""
+        left = iter(range(after - 1))
+
+        def delete(learner: Any) -> None:
+            if next(left, None) is None and logs.exists():
+                shutil.rmtree(logs)
+
+        logging = LogMetrics(JsonlBackend(logs / log), TensorBoardBackend(logs / f"{log} board"))
+        return tiny_learner(Checkpointer(checkpoints, every_steps=5), logging, CustomCallback(delete, BatchEnd))
+
+    one = learner("first", 12)
+    with pytest.raises(LoggingError, match="first was deleted while it was open") as caught, one:
+        one.fit(1)
+    assert "board" in str(caught.value.__notes__)
+    assert (checkpoints / "latest").read_text() == "step-00000010.ckpt\n"
+    with (
+        pytest.raises(LoggingError, match="it is not the same file, or has been cut"),
+        learner("first", 99) as again,
+    ):
+        again.fit(1, resume=checkpoints)
+    with learner("second", 99) as resumed:
+        resumed.fit(1, resume=checkpoints)  # the log begins at the checkpoint
+    steps = [each["step"] for each in log_records(logs / "second") if each["group"] == "Step/TrainingPhase"]
+    assert steps[0] == 11
 
 
 def test_of_records_that_do_not_all_fit_as_many_are_kept_as_do(tmp_path: Path, programs: Programs) -> None:

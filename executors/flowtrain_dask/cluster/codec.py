@@ -71,9 +71,9 @@ def dump_entries(entries: Sequence[Entry], pickler: type[ValuePickler] = ValuePi
     return Encoded(rows, tails_of(payloads), pickler)
 
 
-def load_entries(blob: bytes | memoryview, loads: Callable[..., Any] = pickle.loads) -> list[Entry]:
+def load_entries(blob: bytes | memoryview) -> list[Entry]:
     """Return the events of `dump_entries`, see `decode`."""
-    return [Entry(*row) for row in decode(blob, loads)]
+    return [Entry(*row) for row in decode(blob)]
 
 
 def encode(obj: object) -> bytes:

@@ -9,8 +9,9 @@ modules that the program has imported; reading a file imports nothing.
 
 A class of the user is never called either, since a file of others could choose the arguments: its objects are made
 empty, and their attributes are put into them. So no ``__init__``, ``__post_init__`` or ``__setstate__`` of the user
-runs, no property is set, and no method of a container is called. What does run is the ``__hash__`` and ``__eq__`` of an
-object that is the key of a dict.
+runs, no property is read or set, and no method of a container is called. Functions and classes of Python, NumPy and
+torch ask their arguments for methods, as ``str`` and ``range`` do; so they get no object of the user. What does run is
+the ``__hash__`` and ``__eq__`` of an object that is the key of a dict or the value of an enumeration.
 """
 
 from __future__ import annotations
@@ -67,6 +68,12 @@ _OWN = ("flowtrain.state.", "flowtrain_dask.snapshots.", "flowtrain.callback.eve
 
 _OF_NUMPY = {"numpy": ("ndarray", "dtype"), "multiarray": ("_reconstruct", "scalar"), "numeric": ("_frombuffer",)}
 _VALUES = (torch.dtype, torch.layout, torch.memory_format)
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, *_VALUES)
+"""The types of objects that a pickle has by their names."""
+
+_MEMORY = (memoryview, torch.UntypedStorage, pickle.PickleBuffer)
+_KEEPING = (itself, slice)
+"""Functions and classes that keep an argument, and ask it for nothing."""
 
 
 def is_plain(found: Any) -> bool:
@@ -126,10 +133,16 @@ def _load_plain(saved: bytes) -> torch.Tensor:
 
 
 def _named(module: str | None, name: str) -> Any:
-    """Return the object of a name in an imported module, or ``None``."""
-    found: Any = sys.modules.get(module or "")
-    for part in name.split("."):
-        found = getattr(found, part, None)
+    """Return the object of a name in an imported module, or ``None``.
+
+    Only the names that modules and classes hold themselves are looked up: ``getattr`` would run the ``__getattr__`` of
+    a module, which may import others, or a property of an object in it.
+    """
+    first, *rest = name.split(".")
+    found: Any = getattr(sys.modules.get(module or ""), "__dict__", {}).get(first)
+    for part in rest:
+        classes = type.mro(found) if issubclass(type(found), type) else []
+        found = next((vars(each)[part] for each in classes if part in vars(each)), None)
     return found
 
 
@@ -138,6 +151,19 @@ def _is_own(kind: Any) -> bool:
     if not isinstance(kind, type):
         return False
     return kind in _TYPES or kind.__module__.startswith(_OWN) or kind.__module__.partition(".")[0] == "numpy"
+
+
+def _is_of_user(value: Any, deep: bool) -> bool:
+    """Tell whether a value is an object of a class of the user, or with `deep` a tuple or a list that has one."""
+    kind = type(value)
+    if deep and kind in (tuple, list):
+        return any(_is_of_user(each, deep) for each in value)
+    return not (_is_own(kind) or kind in _MEMORY or issubclass(kind, _NAMED))
+
+
+def _text(value: Any) -> str:
+    """Return a value for a message, without asking an object of the user for its text."""
+    return repr(value) if type(value) in (int, str) else f"an object of type {type(value).__name__}"
 
 
 def _may_be_called(found: Any) -> bool:
@@ -170,7 +196,7 @@ def _taken_apart(obj: Any) -> Any:
         return kind, ()
     own = obj.__getstate__() if _restores_itself(kind) else attributes(obj)
     items = iter(dict.items(obj)) if base is not None and issubclass(base, dict) else None
-    arguments = (tuple(obj),) if base is tuple else ()
+    arguments = (tuple(tuple.__iter__(obj)),) if base is tuple else ()
     _empty(kind, arguments)
     return copyreg.__newobj__, (kind, *arguments), own, None, items  # type: ignore[attr-defined]  # not in the stubs
 
@@ -196,7 +222,7 @@ def _member(kind: type[enum.Enum], value: Any) -> enum.Enum:
     """
     found = next((each for each in kind.__members__.values() if each.value == value), None)
     if found is None:
-        raise pickle.UnpicklingError(f"it calls {kind.__qualname__} with {value!r}, which is none of its members")
+        raise pickle.UnpicklingError(f"it calls {kind.__qualname__} with {_text(value)}, which is none of its members")
     return found
 
 
@@ -223,27 +249,42 @@ class _PlainUnpickler(_Base):  # type: ignore[misc]  # the interpreter's own ann
             UnpicklingError: It is not plain, or its module is not imported.
         """
         found = _named(module, name)
-        if found is None or not is_plain(found):
+        if not issubclass(type(found), _NAMED) or not is_plain(found):
             raise pickle.UnpicklingError(f"it names {module}.{name}, which is no type of a value, or is not imported")
         return found
 
-    def _call(self) -> None:
+    def _take_call(self) -> tuple[Any, tuple[Any, ...]]:
+        """Take a function or class and its arguments from the stack.
+
+        Raises:
+            UnpicklingError: An argument is an object of the user, and the function may ask it for a method.
+        """
         arguments, found = self.stack.pop(), self.stack.pop()
+        if type(arguments) is not tuple or not issubclass(type(found), _NAMED):
+            raise pickle.UnpicklingError(f"it calls {_text(found)} with {_text(arguments)} as arguments")
+        name = getattr(found, "__module__", None) or ""
+        deep = not name.startswith(("flowtrain.", "flowtrain_dask."))
+        if found not in _KEEPING and _may_be_called(found) and any(_is_of_user(each, deep) for each in arguments):
+            raise pickle.UnpicklingError(f"it calls {found.__qualname__} with an object of a class of the program")
+        return found, arguments
+
+    def _call(self) -> None:
+        found, arguments = self._take_call()
         if _may_be_called(found):
             if found is pickling._set_attributes and not isinstance(arguments[0], torch.Tensor):
                 raise pickle.UnpicklingError(f"it changes an object of type {type(arguments[0]).__name__}")
             if found is functools.partial and not _may_be_called(arguments[0]):
-                raise pickle.UnpicklingError(f"it prepares a call of {arguments[0]!r}")
+                raise pickle.UnpicklingError(f"it prepares a call of {_text(arguments[0])}")
             self.append(found(*arguments))
         elif isinstance(found, type) and issubclass(found, enum.Enum) and len(arguments) == 1:
             self.append(_member(found, arguments[0]))
         elif isinstance(found, type) and issubclass(found, Phase) and not arguments:
             self.append(Phase.__new__(found))
         else:
-            raise pickle.UnpicklingError(f"it calls {getattr(found, '__qualname__', type(found).__qualname__)}")
+            raise pickle.UnpicklingError(f"it calls {found.__qualname__}")
 
     def _make(self) -> None:
-        arguments, kind = self.stack.pop(), self.stack.pop()
+        kind, arguments = self._take_call()
         if _is_own(kind):
             made = kind.__new__(kind, *arguments)
         else:
@@ -252,16 +293,20 @@ class _PlainUnpickler(_Base):  # type: ignore[misc]  # the interpreter's own ann
         self.append(made)
 
     def _set_state(self) -> None:
-        value = self.stack[-2]
-        if id(value) not in self._made and (isinstance(value, Phase) or not _is_own(type(value))):
-            raise pickle.UnpicklingError(f"it changes {value!r}, which it has not made")
-        if isinstance(value, functools.partial) and not _may_be_called(self.stack[-1][0]):
-            raise pickle.UnpicklingError(f"it prepares a call of {self.stack[-1][0]!r}")
+        value, state = self.stack[-2:]
+        if id(value) not in self._made and (issubclass(type(value), Phase) or not _is_own(type(value))):
+            raise pickle.UnpicklingError(f"it changes {_text(value)}, which it has not made")
+        parts = state if type(state) is tuple else (state,)
+        of_numpy = type(value).__module__.partition(".")[0] == "numpy"
+        if any(_is_of_user(each, of_numpy) for each in parts):
+            raise pickle.UnpicklingError(f"it fills {_text(value)} from an object of a class of the program")
+        if type(value) is functools.partial and not _may_be_called(parts[0]):
+            raise pickle.UnpicklingError(f"it prepares a call of {_text(parts[0])}")
         if id(value) not in self._made or _restores_itself(type(value)):
             _Base.load_build(self)
         else:
-            state = self.stack.pop()
-            own, slots = state if isinstance(state, tuple) else (state, None)
+            self.stack.pop()
+            own, slots = parts if len(parts) == 2 else (*parts, None)
             set_attributes(value, {**(own or {}), **(slots or {})})
 
     def _set_items(self) -> None:
@@ -274,7 +319,7 @@ class _PlainUnpickler(_Base):  # type: ignore[misc]  # the interpreter's own ann
     def _enter(self, items: Sequence[Any]) -> None:
         target = self.stack[-1]
         base: Any = _container_of(type(target)) if id(target) in self._made else type(target)
-        if base is None or not _is_own(base):
+        if base is None or not (issubclass(base, dict) or base.__module__.startswith(_OWN)) or not _is_own(base):
             raise pickle.UnpicklingError(f"it puts items into an object of type {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
             base.__setitem__(target, key, value)

@@ -9,14 +9,15 @@ a callback is not deferred any more, as under the serial executor.
 from __future__ import annotations
 
 import logging
-import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
+from flowtrain.callback.phases import Phase
 from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Site
@@ -125,17 +126,35 @@ def _run(node: Node, job: Job, entry: Entry, lane: str, recorded: bool) -> None:
 
 
 def _load(lane: str, waiting: Mapping[str, Any]) -> Sequence[Entry]:
-    from flowtrain_dask.cluster.codec import load_entries
+    from flowtrain_dask.cluster.codec import decode
     from flowtrain_dask.cluster.plain_pickling import loads
 
     try:
-        return load_entries(tensor_bytes(waiting["events"]), loads)
-    except (pickle.UnpicklingError, ValueError) as error:
+        return _entries(decode(tensor_bytes(waiting["events"]), loads), len(waiting["handlers"]))
+    except Exception as error:  # a file of others may have any instructions in any order
         raise CheckpointError(
             f"The checkpoint has {waiting['count']:,} events that waited in lane {lane}, and they cannot be read: "
             f"{error}. Import the modules of your events, phases and data types before fit(resume=...). A file of "
             f"others that names something else may want to run code."
         ) from error
+
+
+def _entries(rows: Any, handlers: int) -> Sequence[Entry]:
+    """Return events from the rows of a file of others, in which only the types are checked that no handler gets.
+
+    Raises:
+        ValueError: They are no events.
+    """
+    if type(rows) is not list or any(type(row) is not tuple or len(row) != len(Entry._fields) for row in rows):
+        raise ValueError("they are no events")
+    entries = [Entry(*row) for row in rows]
+    for each in entries:
+        numbers = each.sequence, each.handler, each.nbytes, each.total, each.seed or 0
+        if any(type(number) is not int for number in numbers) or not 0 <= each.handler < handlers:
+            raise ValueError("they are no events")
+        if not issubclass(type(each.event), Event) or not issubclass(type(each.phase), Phase):
+            raise ValueError("they are no events")
+    return entries
 
 
 def _warn_of_missing(

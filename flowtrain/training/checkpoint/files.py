@@ -168,6 +168,8 @@ class Writer:
         except BaseException as error:  # any exception, since it would be lost with this thread
             kept = _latest(path.parent)
             still = f"The last complete one is {path.parent / kept}." if kept else "There is no earlier checkpoint."
+            if kept is None:
+                still = "The file system does not answer now; an earlier checkpoint is as it was."
             failure = CheckpointError(
                 f"The checkpoint {path} could not be written: {_cause(error)}. {still} Make room, or choose another "
                 f"folder, and continue with fit(..., resume=...)."
@@ -280,12 +282,12 @@ def _warn_left(folder: Place, names: tuple[str, ...], error: OSError) -> None:
     )
 
 
-def _latest(folder: Place) -> str:
-    """Return the name of the latest checkpoint of a folder for a message; empty if there is none, or no answer."""
+def _latest(folder: Place) -> str | None:
+    """Return the name of the latest checkpoint of a folder for a message; empty if there is none, ``None`` unknown."""
     try:
         return target(folder, "latest")
     except Unreachable:
-        return ""
+        return None
 
 
 def _warn(path: Place) -> None:

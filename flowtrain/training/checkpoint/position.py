@@ -19,6 +19,7 @@ from flowtrain.data.loaders import END_OF_DATA, keeps_position, length, set_own_
 from flowtrain.errors import CheckpointError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.rng import (
+    hold_queues,
     keeps_workers,
     loader_state,
     random_state,
@@ -350,6 +351,7 @@ class Stream:
         close the queue of a worker first, and then torch waits five seconds for that worker.
         """
         self._batches.close()
+        hold_queues(self._loader)
 
     def put_back(self) -> None:
         """Give the last batch again: prefetch had taken it for an epoch that was cancelled before that batch."""

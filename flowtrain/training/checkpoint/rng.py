@@ -15,6 +15,7 @@ import sys
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -23,6 +24,7 @@ from flowtrain.state.accelerator import accelerator_kind, random_states, set_ran
 from flowtrain.training.fit_data import loader_parts, unlimited
 
 __all__ = [
+    "hold_queues",
     "keeps_workers",
     "loader_state",
     "random_state",
@@ -117,6 +119,26 @@ def stop_workers(loader: Any, state: Mapping[str, Any]) -> None:
     for part in _persistent(loader) if not state["workers"] else ():
         # The iterator ends its workers when it is freed, and torch has no public way to it.
         part._iterator = None  # pyright: ignore[reportPrivateUsage]  # see above
+
+
+_queues: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+"""The queues from which persistent workers are told to end, by the iterator that tells them."""
+
+
+def hold_queues(loader: Any) -> None:
+    """Let the persistent workers of a loader end at once if Python's garbage collector frees the loader.
+
+    It frees a learner that was not closed together with its loaders, because a learner holds itself. If it frees a
+    queue, the queue is closed first, so that the iterator cannot tell its workers to end any more, and waits 5 s for
+    each of them. A reference from outside keeps the queues open until the iterator is gone.
+
+    Args:
+        loader: The loader, after a pass.
+    """
+    for part in _persistent(loader):
+        queues = getattr(part._iterator, "_index_queues", None)  # without it the workers end too, only later
+        if queues is not None:
+            _queues[part._iterator] = queues
 
 
 @contextmanager

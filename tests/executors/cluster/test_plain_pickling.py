@@ -12,6 +12,7 @@ import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -65,6 +66,18 @@ class Own:
 
     def __init__(self, value: int) -> None:
         self.value = value
+
+
+class Outer:
+    """A class of a user with one in it."""
+
+    @dataclass
+    class Inner:
+        """A dataclass in a class."""
+
+
+class Derived(Outer):
+    """A class that inherits a class."""
 
 
 class Known(Own):
@@ -228,7 +241,9 @@ def watched(kind: Any) -> Any:
 
         return run
 
-    for name in ("__init__", "__post_init__", "__setstate__", "__getstate__", "__reduce__", "__setattr__", "__call__"):
+    own = ("__init__", "__post_init__", "__setstate__", "__getstate__", "__reduce__", "__setattr__", "__call__")
+    asked = ("__str__", "__repr__", "__index__", "__int__", "__fspath__", "__iter__", "__bool__", "__len__")
+    for name in (*own, *asked, "__getattr__", "keys", "items", "replace"):
         setattr(kind, name, noting(name))
     if issubclass(kind, dict):
         kind.__setitem__ = noting("__setitem__")
@@ -316,7 +331,7 @@ def test_no_code_of_a_class_runs_when_its_objects_come_back(kind: Any) -> None:
     if kind is Output:
         assert [*collections.OrderedDict.items(first)] == [("value", 3)]
     if kind is WatchedPoint:
-        assert tuple(first) == (1, 2)
+        assert [*tuple.__iter__(first)] == [1, 2]
     assert RAN == []
 
 
@@ -334,6 +349,11 @@ def pickle_of(*parts: object) -> bytes:
     return blob + b"."
 
 
+def asking(module: str, name: str, kind: Any) -> bytes:
+    """Return a pickle that calls something with an object of a class."""
+    return pickle_of((module, name), b"(", kind, b")", pickle.NEWOBJ, b"t", pickle.REDUCE)
+
+
 HOSTILE: list[tuple[str, Callable[[Any], bytes]]] = [
     ("it calls it", lambda kind: pickle_of(kind, b"(K\x01t", pickle.REDUCE)),
     ("it calls it without arguments", lambda kind: pickle_of(kind, b")", pickle.REDUCE)),
@@ -348,6 +368,25 @@ HOSTILE: list[tuple[str, Callable[[Any], bytes]]] = [
     ("it adds", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"(K\x01", pickle.ADDITEMS)),
     ("it prepares a call", lambda kind: pickle_of(("functools", "partial"), b"(", kind, b"t", pickle.REDUCE)),
     ("it changes the class", lambda kind: pickle_of(kind, b"}", pickle.BUILD)),
+    *(
+        (f"{name.rpartition('.')[2]} asks it", partial(asking, *name.rsplit(".", 1)))
+        for name in (
+            "builtins.str", "builtins.int", "builtins.list", "builtins.dict", "builtins.bool", "builtins.range",
+            "builtins.complex", "builtins.bytes", "pathlib.PurePosixPath", "collections.Counter", "fractions.Fraction",
+            "datetime.date", "uuid.UUID", "torch.Tensor", "numpy.dtype", "flowtrain.state.learner_state.Named",
+        )
+    ),
+    ("a size asks it", lambda kind: pickle_of(("torch", "Size"), b"(](", kind, b")\x81et", pickle.REDUCE)),
+    ("it is the arguments", lambda kind: pickle_of(("builtins", "str"), kind, b")", pickle.NEWOBJ, pickle.REDUCE)),
+    ("it makes of it", lambda kind: pickle_of(Pair, kind, b")", pickle.NEWOBJ, pickle.NEWOBJ)),
+    ("it fills from it", lambda kind: pickle_of(Pair, b")", pickle.NEWOBJ, kind, b")", pickle.NEWOBJ, pickle.BUILD)),
+    ("it fills twice", lambda kind: pickle_of(Pair, b")", pickle.NEWOBJ, kind, b")\x81N\x86", pickle.BUILD)),
+    ("a namespace fills", lambda kind: pickle_of(types.SimpleNamespace, b")R", kind, b")", pickle.NEWOBJ, b"b")),
+    ("a layer fills", lambda kind: pickle_of(torch.nn.LSTM, b")", pickle.NEWOBJ, kind, b")", pickle.NEWOBJ, b"b")),
+    ("a list gets it", lambda kind: pickle_of(b"]K\x01a", kind, b")", pickle.NEWOBJ, b"K\x01", pickle.SETITEM)),
+    ("it calls a name of it", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"(K\x01t", pickle.REDUCE)),
+    ("it partly calls it", lambda kind: pickle_of(("functools", "partial"), b"(", kind, b")\x81t", pickle.REDUCE)),
+    ("it changes a phase", lambda kind: pickle_of(WatchedPhase, b")R}", pickle.BUILD)),
     ("it sets a property", lambda kind: pickle_of(kind, b")", pickle.NEWOBJ, b"}X\x04\0\0\0propK\x01s", pickle.BUILD)),
 ]
 
@@ -362,6 +401,27 @@ def test_a_file_of_others_runs_no_code_of_a_class_that_is_imported(kind: Any, nu
     assert RAN == []
 
 
+def test_a_file_of_others_reads_no_property_and_imports_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name with dots is one of a class in a class; ``getattr`` would look further."""
+    RAN.clear()
+    module = types.ModuleType("tests_lazy")
+
+    def lazy(name: str) -> Any:
+        RAN.append(name)
+        return Watched
+
+    vars(module).update(thing=made(Watched), __getattr__=lazy)
+    monkeypatch.setitem(sys.modules, "tests_lazy", module)
+    for name in ("missing", "thing.prop", "thing.value", "thing", "thing.__class__", "__getattr__"):
+        with pytest.raises(pickle.UnpicklingError, match="which is no type of a value, or is not imported"):
+            loads(pickle_of(("tests_lazy", name)))
+    assert RAN == []
+    with pytest.raises(pickle.UnpicklingError, match=r"names torch\._dynamo"):
+        loads(pickle_of(("torch", "_dynamo.config")))
+    assert loads(pickle_of(Outer.Inner)) is Outer.Inner
+    assert loads(pickle_of((__name__, "Derived.Inner"))) is Outer.Inner
+
+
 def test_a_file_of_others_changes_nothing_that_it_has_not_made() -> None:
     """Phases and members of enumerations are one object for the whole program."""
     for kind, arguments in ((TrainingPhase, b")"), (Colour, b"(K\x01t"), (Pair, b"")):
@@ -370,7 +430,7 @@ def test_a_file_of_others_changes_nothing_that_it_has_not_made() -> None:
             loads(pickle_of(*makes, b"}X\x01\0\0\0aK\x01s", pickle.BUILD))
     name = "flowtrain_dask.cluster.pickling", "_set_attributes"
     setter = pickle_of(name, b"(", Colour, b"(K\x01t", pickle.REDUCE, b"}t", pickle.REDUCE)
-    with pytest.raises(pickle.UnpicklingError, match="it changes an object of type Colour"):
+    with pytest.raises(pickle.UnpicklingError, match="it calls _set_attributes with an object of a class"):
         loads(setter)
     with pytest.raises(pickle.UnpicklingError, match=r"it calls .*WatchedEnum with 7, which is none of its members"):
         loads(pickle_of(WatchedEnum, b"(K\x07t", pickle.REDUCE))

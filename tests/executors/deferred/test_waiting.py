@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,6 +38,7 @@ from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor, Limits, register_copier
 from flowtrain_dask.cluster.codec import encode
 from flowtrain_dask.deferred import deferred_callbacks
+from flowtrain_dask.deferred.waiting import finish
 from flowtrain_dask.lanes.report import Report
 from tests.support.programs import Programs
 from tests.support.waiting import wait_for
@@ -435,6 +437,30 @@ def test_a_checkpoint_of_others_runs_no_code(tmp_path: Path) -> None:
         f"builtins.print, which is no type of a value, or is not imported. Import the modules of your events, phases "
         f"and data types before fit(resume=...). A file of others that names something else may want to run code."
     )
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        None,
+        [1],
+        [(1, 2)],
+        [(0, -1, BatchEnd(), TrainingPhase(), None, 0, None, 0)],
+        [(0, 7, BatchEnd(), TrainingPhase(), None, 0, None, 0)],
+        [(0, 0, "event", TrainingPhase(), None, 0, None, 0)],
+        [(0, 0, BatchEnd(), None, None, 0, None, 0)],
+        [("", 0, BatchEnd(), TrainingPhase(), None, 0, None, 0)],
+        b"no events",
+    ],
+    ids=str,
+)
+def test_events_that_are_none_are_refused(events: Any, tmp_path: Path) -> None:
+    """A file of others may have anything in their place, and each error says what it is of."""
+    blob = events if isinstance(events, bytes) else encode(events)
+    waiting = {"Lane": {"events": torch.frombuffer(bytearray(blob), dtype=torch.uint8), "count": 1, "handlers": ["A"]}}
+    site: Any = SimpleNamespace(nodes=[])
+    with pytest.raises(CheckpointError, match=r"The checkpoint has 1 events that waited in lane Lane, and they cannot"):
+        finish(waiting, site, {}, lambda *_: True)
 
 
 class Begins(Callback):

@@ -26,10 +26,13 @@ from flowtrain import (
     TrainingPhase,
     load_weights,
 )
-from flowtrain.callbacks import Checkpointer, CustomCallback
+from flowtrain.callback.view import CheckpointRequest
+from flowtrain.callbacks import Checkpointer, CustomCallback, LogMetrics
 from flowtrain.errors import UsageError
+from flowtrain.graph.executor import Mailbox
+from flowtrain.logging import JsonlBackend
 from flowtrain.testing import tiny_learner
-from flowtrain.training.checkpoint.files import point, write_whole
+from flowtrain.training.checkpoint.files import Writer, point, write_whole
 from flowtrain.training.checkpoint.reading import find_file, read, target
 from flowtrain.training.checkpoint.remote import Remote, Unreachable, place, real_path, written_at
 from tests.support.remote import shared
@@ -233,6 +236,21 @@ def test_an_upload_that_fails_leaves_the_last_checkpoint(write: int | str, faili
     whole = noisy()
     whole.fit(3)
     assert weights(learner) == weights(whole)
+
+
+def test_a_run_that_cannot_write_its_first_checkpoint_leaves_no_records(failing: str, tmp_path: Path) -> None:
+    """The next run begins anew, and would write the same records after them."""
+    Failing.writes = 1
+    learner = tiny_learner(Checkpointer(failing), LogMetrics(JsonlBackend(tmp_path / "log")))
+    with pytest.raises(CheckpointError, match=r"start\.ckpt could not be written: .* There is no earlier checkpoint\."):
+        learner.fit(1, resume="auto")
+    learner.close()
+    assert (tmp_path / "log").read_bytes() == b""
+    Failing.writes, Failing.answers = 1, ConnectionError("reset")
+    writer = Writer(Mailbox())
+    writer.submit({}, CheckpointRequest(f"{failing}/a.ckpt"))
+    with pytest.raises(CheckpointError, match=r"does not answer now; an earlier checkpoint is as it was\. Make"):
+        writer.wait()
 
 
 def test_no_answer_is_not_no_checkpoint(failing: str) -> None:

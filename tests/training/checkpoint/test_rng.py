@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import random
 import warnings
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from flowtrain import (
     TrainingPhase,
     ValidationPhase,
 )
+from flowtrain.testing import tiny_learner
 from flowtrain.training.checkpoint.rng import loader_state, random_state, set_loader_state, set_random_state
 from tests.support.loaders import end_workers
 from tests.support.resumed import FITS, Ask, everything, learner_of, shuffled
@@ -121,3 +124,37 @@ def test_workers_that_stay_are_exact_but_for_what_they_draw(
     assert len(texts) == bool(warned)
     if warned:
         assert texts[0].startswith(f"The loader for {warned} keeps its workers from one pass to the next")
+
+
+@pytest.mark.filterwarnings("ignore:'set_vital' is deprecated:UserWarning")  # torchdata 0.11 calls it
+@pytest.mark.parametrize("fit", ["epochs", "steps", "stream"])
+@pytest.mark.parametrize("own", [False, True], ids=["DataLoader", "StatefulDataLoader"])
+def test_workers_of_a_learner_that_is_dropped_can_be_told_to_end(
+    fit: str, own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise torch waits five seconds for each of them."""
+    module: Any = pytest.importorskip("torchdata.stateful_dataloader") if own else torch.utils.data
+    kind = module.StatefulDataLoader if own else DataLoader
+    loader: Any = kind(shuffled().dataset, 5, num_workers=1, persistent_workers=True)
+    learner = tiny_learner(data=loader, model=torch.nn.Linear(3, 2))
+    if fit == "epochs":
+        learner.fit(1)
+    else:
+        learner.fit(steps=3, validate_every=2 if fit == "stream" else None)
+    iterator = loader._iterator
+    queue = weakref.ref(iterator._index_queues[0])
+    usable: list[bool] = []
+    end = type(iterator)._shutdown_workers
+
+    def note(self: Any) -> None:
+        """Note whether the queue is there when the iterator is freed."""
+        usable.append(queue() is not None)
+        end(self)
+
+    monkeypatch.setattr(type(iterator), "_shutdown_workers", note)
+    cycle: list[Any] = [loader]
+    cycle.append(cycle)
+    del learner, loader, iterator, cycle
+    gc.collect()
+    assert usable == [True]
+    assert queue() is None
