@@ -436,10 +436,7 @@ class Looks(Callback):
         self._seen.append(torch_state())
 
     def as_in_place(self, wanted: dict[str, object]) -> dict[str, object]:
-        """Return the settings of the last event, without what sets a deferrable handler apart.
-
-        It records no gradients, and its snapshot is in CPU memory, so the stream does not matter.
-        """
+        """Return the settings of the last event, with the gradient mode and the stream of a handler in place."""
         seen = self._seen.pop()
         assert not seen["grad mode"], "a deferrable handler recorded gradients"
         return seen | {what: wanted[what] for what in ("grad mode", "stream")}
