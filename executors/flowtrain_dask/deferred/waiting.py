@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -152,7 +152,8 @@ def _entries(rows: Any, handlers: int) -> Sequence[Entry]:
         numbers = each.sequence, each.handler, each.nbytes, each.total, each.seed or 0
         if any(type(number) is not int for number in numbers) or not 0 <= each.handler < handlers:
             raise ValueError("they are no events")
-        if not issubclass(type(each.event), Event) or not issubclass(type(each.phase), Phase):
+        event, phase = cast("tuple[type, type]", (type(each.event), type(each.phase)))
+        if not issubclass(event, Event) or not issubclass(phase, Phase):
             raise ValueError("they are no events")
     return entries
 

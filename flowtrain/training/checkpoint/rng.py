@@ -136,9 +136,10 @@ def hold_queues(loader: Any) -> None:
         loader: The loader, after a pass.
     """
     for part in _persistent(loader):
-        queues = getattr(part._iterator, "_index_queues", None)  # without it the workers end too, only later
+        iterator = getattr(part, "_iterator", None)
+        queues = getattr(iterator, "_index_queues", None)  # without it the workers end too, only later
         if queues is not None:
-            _queues[part._iterator] = queues
+            _queues[iterator] = queues
 
 
 @contextmanager
