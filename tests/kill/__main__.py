@@ -118,7 +118,9 @@ def one_run(folder: Path, whole: Path, name: str, draw: random.Random, cluster: 
         code = attempt(folder, VARIANTS[name], executor, cluster, fault)
         found.executors[executor] += 1
         kind = fault.kind if fault is not None else "no fault"
-        if code == 0 and (folder / "result.pt").exists():  # otherwise it was deleted
+        # A run without its folder begins anew, after the records in its logs; with the folder the next one removes them.
+        # A result that is not there was deleted.
+        if code == 0 and kind != "no folder" and (folder / "result.pt").exists():
             return differences(whole, folder)
         if code not in (0, 3, CLEAR, *DEAD) or (code == CLEAR and (fault is None or fault.where not in DISKS)):
             text = (folder / "output.txt").read_text()[-1500:]
