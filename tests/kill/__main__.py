@@ -118,7 +118,7 @@ def one_run(folder: Path, whole: Path, name: str, draw: random.Random, cluster: 
         code = attempt(folder, VARIANTS[name], executor, cluster, fault)
         found.executors[executor] += 1
         kind = fault.kind if fault is not None else "no fault"
-        # A run without its folder begins anew, after the records in its logs; with the folder the next one removes them.
+        # A run without its folder begins anew, after the records in its logs, which the next one removes.
         # A result that is not there was deleted.
         if code == 0 and kind != "no folder" and (folder / "result.pt").exists():
             return differences(whole, folder)
