@@ -36,6 +36,7 @@ continues after that part. When several handlers of one event fail, one exceptio
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 import inspect
 import sys
@@ -83,6 +84,7 @@ __all__ = [
     "raise_worst",
     "runs_nothing",
     "switch",
+    "text_of",
     "whole_number",
 ]
 
@@ -90,9 +92,10 @@ __all__ = [
 class FlowtrainError(Exception):
     """Base of all errors that flowtrain raises about the way it is used."""
 
-    def __reduce__(self) -> tuple[Callable[..., FlowtrainError], tuple[object, ...]]:
+    def __reduce__(self) -> tuple[Callable[..., FlowtrainError], tuple[object, ...], dict[str, object]]:
         # Errors come from worker processes too. Pickle would call the constructor with the text as its only argument.
-        return _restore, (type(self), self.args, dict(vars(self)))
+        made = copyreg.__newobj__  # type: ignore[attr-defined]  # not in the stubs
+        return made, (type(self), *self.args), dict(vars(self))
 
 
 class AccessError(FlowtrainError):
@@ -259,10 +262,9 @@ class UsageError(FlowtrainError):
 
 
 def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Tell whether an argument of a user has the type that its annotation promises.
+    """Tell whether an argument of a user has the type of its annotation.
 
-    The same as ``isinstance``. Type checkers take an annotation for proof and would report the plain call as always
-    true, but a user may not run one.
+    Type checkers take an annotation for proof, and would report a plain ``isinstance`` as always true.
     """
     return isinstance(value, kind)
 
@@ -330,13 +332,6 @@ def is_type(value: object, base: type) -> bool:
     return isinstance(value, type) and issubclass(value, base)
 
 
-def _restore(kind: type[FlowtrainError], args: tuple[object, ...], fields: dict[str, object]) -> FlowtrainError:
-    """Return the error that was pickled, without calling its constructor."""
-    error = kind.__new__(kind, *args)
-    vars(error).update(fields)
-    return error
-
-
 def nearest(name: object, known: Iterable[object]) -> str:
     """Return ``" Did you mean 'x'?"`` with the known name closest to `name`, or an empty text if none is close.
 
@@ -380,15 +375,8 @@ _CANCELS = (CancelFittingException, CancelEpochException, CancelBatchException)
 
 def _rank(failure: BaseException) -> int:
     """Return the rank of a failure in `merge`; the smallest rank is raised."""
-    for rank, kind in enumerate(_CANCELS, start=1):
-        if isinstance(failure, kind):
-            return rank
-    return 0 if isinstance(failure, Exception) else -1  # an interrupt goes before every error
-
-
-def _others(failure: BaseException) -> tuple[BaseException, ...]:
-    found: tuple[BaseException, ...] = getattr(failure, "others", ())
-    return found
+    error = 0 if isinstance(failure, Exception) else -1  # an interrupt goes before every error
+    return next((rank for rank, kind in enumerate(_CANCELS, start=1) if isinstance(failure, kind)), error)
 
 
 def merge(failures: Sequence[BaseException]) -> BaseException:
@@ -398,32 +386,38 @@ def merge(failures: Sequence[BaseException]) -> BaseException:
         failures: At least one exception, in serial order of the handlers that raised them.
 
     Returns:
-        The worst exception: errors go before cancels, `CancelFittingException` before `CancelEpochException` before
-        `CancelBatchException`, and among equals the serial order decides. Its attribute ``others`` is a tuple of the
-        other exceptions, and of those that they carry from an earlier merge; its notes name each of them.
+        The worst exception, in the order that this module describes. Its attribute ``others`` is a tuple of the other
+        exceptions, and of those that they carry from an earlier merge; its notes name each of them.
 
     >>> merge([CancelBatchException("skip"), ValueError("broken")])
     ValueError('broken')
     """
     # Each may carry others already, from the event in which it was first raised, and one exception may come twice.
-    carried = [each for failure in failures for each in (failure, *_others(failure))]
+    carried: list[BaseException] = [each for failure in failures for each in (failure, *getattr(failure, "others", ()))]
     distinct = list({id(failure): failure for failure in carried}.values())
     worst, *others = sorted(distinct, key=_rank)
-    known = _others(worst)
+    known: tuple[BaseException, ...] = getattr(worst, "others", ())
     others = [other for other in others if all(other is not listed for listed in known)]
     if others:
         worst.others = (*known, *others)  # type: ignore[attr-defined]  # any exception may carry them
         for other in others:
-            worst.add_note(f"also raised: {type(other).__name__}: {other}")
+            worst.add_note(f"also raised: {text_of(other)}")
     return worst
+
+
+def text_of(failure: BaseException) -> str:
+    """Return the type and the text of an exception, also of one of a user whose own ``__str__`` fails."""
+    try:
+        return f"{type(failure).__name__}: {failure}"
+    except Exception as why:
+        return f"{type(failure).__name__} (its text fails with {type(why).__name__})"
 
 
 def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> None:
     """Raise the exception that `merge` chooses, unless it has one of the types `ends`, and empty the list.
 
-    An exception holds the frames that it went through. If a variable or a list in one of these frames held the
-    exception, this would be a reference cycle, and the batch in those frames would stay in memory, with its graph,
-    until the garbage collector runs. So neither the list nor the variable here keeps the exception.
+    An exception holds the frames that it went through. A variable or a list in one of them that held the exception
+    would be a reference cycle, which keeps the batch in memory until the garbage collector runs. So none is left here.
     """
     worst = merge(failures)
     failures.clear()

@@ -6,6 +6,8 @@ import copy
 import inspect
 import pickle
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,15 +16,23 @@ from hypothesis import strategies as st
 
 import flowtrain
 from flowtrain import (
+    Callback,
     CancelBatchException,
     CancelEpochException,
     CancelException,
     CancelFittingException,
+    EpochEnd,
+    LearnerView,
+    Phase,
+    SerialExecutor,
+    TrainingPhase,
     UsageError,
     errors,
+    on,
 )
 from flowtrain.errors import (
     CycleError,
+    DeferredCancelError,
     DivergedError,
     FlowtrainError,
     MissingStateError,
@@ -35,6 +45,10 @@ from flowtrain.errors import (
     merge,
     nearest,
 )
+from flowtrain.graph.executor import Executor
+from flowtrain.testing import tiny_learner
+from flowtrain_dask import DaskExecutor
+from tests.support.untyped import untyped
 
 CLASSES = [
     each
@@ -231,3 +245,45 @@ def test_a_cancel_names_what_it_ends(kind: type[CancelException], scope: str) ->
 def test_cancels_are_control_flow_and_no_errors() -> None:
     assert not issubclass(CancelException, FlowtrainError)
     assert issubclass(CancelException, Exception)
+
+
+class Textless(Exception):
+    """An exception of a user whose text fails, as after pickling without its attributes."""
+
+    def __str__(self) -> str:
+        raise AttributeError("no text")
+
+
+class TextlessCancel(Textless, CancelEpochException):
+    """A cancel of this kind."""
+
+
+class Fails(Callback):
+    """Raises an exception at the end of an epoch."""
+
+    deferrable = True
+
+    def __init__(self, kind: type[Exception]) -> None:
+        self.kind = kind
+
+    @on(EpochEnd, TrainingPhase)
+    def fail(self, event: EpochEnd, phase: Phase, learner: LearnerView) -> None:
+        raise self.kind
+
+
+@pytest.mark.parametrize("make", [SerialExecutor, partial(DaskExecutor, defer="always")])
+def test_an_exception_whose_text_fails_is_raised_and_not_replaced(make: Callable[[], Executor]) -> None:
+    learner = tiny_learner(Fails(Textless), Fails(Textless), executor=make())
+    with pytest.raises(Textless) as caught:
+        learner.fit(1)
+    assert [type(other) for other in untyped(caught.value).others] == [Textless]
+    assert "also raised: Textless (its text fails with AttributeError)" in caught.value.__notes__
+    learner.close()
+    assert isinstance(learner.stopped, Textless)
+
+
+def test_a_deferred_cancel_whose_text_fails_is_explained() -> None:
+    learner = tiny_learner(Fails(TextlessCancel), executor=DaskExecutor(defer="always"))
+    with pytest.raises(DeferredCancelError, match=r"Fails.fail raised TextlessCancel\(\) at"):
+        learner.fit(1)
+    learner.close()

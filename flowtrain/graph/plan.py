@@ -231,7 +231,7 @@ def make_plan(
 def cancel_error(cancel: CancelException, label: str, type_name: str, where: str) -> DeferredCancelError:
     """Return the error for a cancel that a handler of a deferrable callback raised, in its lane or in place."""
     error = DeferredCancelError(
-        f"{label} raised {type(cancel).__name__}({str(cancel)!r}) at {where}, but it is deferrable: in its lane it "
+        f"{label} raised {cancel!r} at {where}, but it is deferrable: in its lane it "
         f"runs when training has gone on, and there is no {cancel.scope or 'scope'} left to end. Set deferrable = "
         f"False in {type_name}."
     )

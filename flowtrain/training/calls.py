@@ -16,7 +16,7 @@ import torch
 from flowtrain.callback.events import EpochBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, ValidationPhase
 from flowtrain.data.nested import INSIDE, PLAIN, leaves, mapped
-from flowtrain.errors import CheckpointError, DataError, ExecutorError, UsageError, describe
+from flowtrain.errors import CheckpointError, DataError, ExecutorError, UsageError, describe, text_of
 from flowtrain.graph.executor import Deferring
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState
@@ -74,7 +74,7 @@ class Calls:
                     self._folders.hold(folders, waits)
                 except BaseException as raised:  # the other ranks must not wait for this one
                     failure = raised
-            refused = loop.together.agree("" if failure is None else f"{type(failure).__name__}: {failure}")
+            refused = loop.together.agree("" if failure is None else text_of(failure))
             if failure is not None:
                 raise failure
             if refused:
@@ -321,11 +321,11 @@ def without_frames(failure: BaseException) -> BaseException:
     that caught it may still print its traceback.
     """
     others = tuple(without_frames(other) for other in getattr(failure, "others", ()))
-    bare: BaseException = RuntimeError(f"{type(failure).__name__}: {failure}")
+    bare: BaseException = RuntimeError(text_of(failure))
     with suppress(Exception):  # the class of a user, or one written in C, may take other arguments, or none at all
         same = type(failure).__new__(type(failure), *failure.args)
         vars(same).update(vars(failure))
-        bare = same if str(same) == str(failure) else bare
+        bare = same if text_of(same) == text_of(failure) else bare
     vars(bare).update(vars(failure), **({"others": others} if others else {}))
     return bare
 

@@ -34,7 +34,7 @@ from typing import Any, Self
 
 from torch.utils.data._utils import signal_handling
 
-from flowtrain.errors import CancelFittingException
+from flowtrain.errors import CancelFittingException, text_of
 from flowtrain.graph.executor import Mailbox
 from flowtrain.training.checkpoint.remote import Place
 from flowtrain.training.failures import Failures
@@ -169,7 +169,7 @@ class Interrupts:
                 self._before_leaving()
             except Exception as failure:
                 interrupt = KeyboardInterrupt(_text(self._received))
-                interrupt.add_note(f"the checkpoint for it could not be taken: {failure}")
+                interrupt.add_note(f"the checkpoint for it could not be taken: {text_of(failure)}")
                 raise interrupt from failure
             raise KeyboardInterrupt(_text(self._received))
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from flowtrain.errors import CancelException, LoggingError, RankError, is_a
+from flowtrain.errors import CancelException, LoggingError, RankError, is_a, text_of
 from flowtrain.graph.nodes import Node
 from flowtrain.logging.backend import LoggerBackend, Outcome, Run
 from flowtrain.logging.files import process_rank
@@ -327,7 +327,7 @@ def _each(used: Mapping[str, _Used], what: str, call: Callable[[LoggerBackend], 
             if failure is None:
                 failure = error
             else:
-                failure.add_note(f"and {backend!r} of {', '.join(names)} could not be {what}: {error}")
+                failure.add_note(f"and {backend!r} of {', '.join(names)} could not be {what}: {text_of(error)}")
     if failure is not None:
         raise failure
     return done

@@ -30,7 +30,7 @@ import torch
 from distributed import get_worker
 
 from flowtrain.callback.callback import Callback
-from flowtrain.errors import ExecutorError
+from flowtrain.errors import ExecutorError, text_of
 from flowtrain_dask.cluster.block import Place, read
 from flowtrain_dask.cluster.callback_state import build, dump_state, load_state
 from flowtrain_dask.cluster.codec import load_entries
@@ -290,7 +290,7 @@ def _portable(failure: BaseException) -> bytes:
         blob: bytes = dumps(failure)
         loads(blob)
     except Exception:  # the class of the exception may do anything when it is pickled or unpickled
-        replaced = ExecutorError(f"{type(failure).__name__}: {failure}")
+        replaced = ExecutorError(text_of(failure))
         for note in getattr(failure, "__notes__", ()):
             replaced.add_note(note)
         blob = dumps(replaced)

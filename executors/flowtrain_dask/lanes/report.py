@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
+from flowtrain.errors import text_of
+
 __all__ = ["LaneCounts", "LaneReport", "Outage", "PlaceReport", "Report", "Stall", "uncounted"]
 
 
@@ -65,7 +67,7 @@ class LaneCounts:
 
     def failed(self, failure: BaseException) -> str:
         """Keep a failure as text, and return the text."""
-        self.last_error = f"{type(failure).__name__}: {failure}"
+        self.last_error = text_of(failure)
         return self.last_error
 
     def stalled(self, callback: str, seconds: float) -> None:
