@@ -27,7 +27,8 @@ from flowtrain.diagnostics.report.page import write_learner
 from flowtrain.diagnostics.strict import watch
 from flowtrain.diagnostics.suggest_access import Recording, record
 from flowtrain.diagnostics.sync_audit import SyncReport, audit
-from flowtrain.errors import UsageError, switch
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import switch
 from flowtrain.graph.executor import Executor, find_executor, savings
 from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.what_if import WhatIf

@@ -224,6 +224,3 @@ def test_the_averages_follow_the_dtype_of_the_model() -> None:
     batches = [(x.double(), y.double()) for x, y in learner.data[TrainingPhase]]
     learner.fit(1, data=batches)
     assert ema.averages["coeff"].dtype == torch.float64
-
-
-

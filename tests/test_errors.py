@@ -41,10 +41,9 @@ from flowtrain.errors import (
     SanityCheckError,
     UndeclaredWriteError,
     WriteConflictError,
-    describe,
     merge,
-    nearest,
 )
+from flowtrain.errors.describing import describe, nearest
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor

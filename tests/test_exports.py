@@ -56,6 +56,16 @@ def test_a_name_without_an_underscore_is_exported(name: str) -> None:
     assert not forgotten, f"{name}: put {sorted(forgotten)} into __all__, or give each a name with an underscore"
 
 
+def test_no_two_modules_export_a_class_of_one_name() -> None:
+    """So a name in a docstring or an error means one thing."""
+    homes: dict[str, list[str]] = {}
+    for name in MODULES:
+        for each in ast.parse(Path(str(importlib.import_module(name).__file__)).read_text("utf-8")).body:
+            if isinstance(each, ast.ClassDef) and not each.name.startswith("_"):
+                homes.setdefault(each.name, []).append(name)
+    assert not {each: modules for each, modules in homes.items() if len(modules) > 1}
+
+
 def test_names_that_a_source_defines() -> None:
     source = """
 from elsewhere import imported

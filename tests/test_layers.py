@@ -136,7 +136,11 @@ def test_the_dask_executor_imports_down_its_folders_and_knows_the_lower_packages
 @pytest.mark.parametrize(
     ("file", "source", "message"),
     [
-        ("lanes/lane.py", "import torch\nfrom flowtrain_dask.cluster.calls import Calls", "2: lanes imports cluster"),
+        (
+            "lanes/lane.py",
+            "import torch\nfrom flowtrain_dask.cluster.calls import ClusterCalls",
+            "2: lanes imports cluster",
+        ),
         ("snapshots/pool.py", "from flowtrain_dask.executor import DaskExecutor", "1: snapshots imports executor"),
         ("cluster/worker.py", "from flowtrain.learner import Learner", "1: cluster imports flowtrain.learner"),
         ("executor.py", "import flowtrain", "1: executor.py imports flowtrain"),

@@ -30,7 +30,8 @@ from flowtrain.callbacks.model_summary import summarize
 from flowtrain.callbacks.schedules import cosine, reduce_on_plateau, sequence, step, warmup
 from flowtrain.callbacks.stopping import PQ, UP, NumberLimit, Patience, Warmup
 from flowtrain.diagnostics.lr_finder import find_learning_rate
-from flowtrain.errors import LoggingError, UsageError, whole_number
+from flowtrain.errors import LoggingError, UsageError
+from flowtrain.errors.arguments import whole_number
 from flowtrain.logging import Histogram, JsonlBackend, Value, log
 from flowtrain.logging.backend import Run
 from flowtrain.logging.distribution import distribution

@@ -18,7 +18,8 @@ from typing import Any
 
 from flowtrain.callback.events import EpochBegin, Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import ExecutorError, whole_number
+from flowtrain.errors import ExecutorError
+from flowtrain.errors.arguments import whole_number
 from flowtrain.graph.executor import Runner, Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Plan

@@ -20,7 +20,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, Union
 
-from flowtrain.errors import AccessError, is_a, nearest
+from flowtrain.errors import AccessError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 
 __all__ = [
     "REDUCTIONS",

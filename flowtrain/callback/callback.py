@@ -23,7 +23,8 @@ from flowtrain.callback.handler import Handler, Marked, mark
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import Resolution
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import CallbackError, HandlerError, is_a, is_type, runs_nothing
+from flowtrain.errors import CallbackError, HandlerError
+from flowtrain.errors.arguments import is_a, is_type, runs_nothing
 
 __all__ = ["Callback", "draws_own", "is_quiet", "on", "registered"]
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_a, is_positive, is_type, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, is_positive, is_type, whole_number
 
 __all__ = ["After", "Before", "Condition", "Counting", "Every", "EverySeconds", "Once", "When"]
 

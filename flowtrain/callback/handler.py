@@ -16,7 +16,9 @@ from typing import Any
 from flowtrain.callback.access import Access
 from flowtrain.callback.events import Event, FitBegin, FitEnd
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import AmbiguousHandlerError, HandlerError, is_type, nearest, runs_nothing
+from flowtrain.errors import AmbiguousHandlerError, HandlerError
+from flowtrain.errors.arguments import is_type, runs_nothing
+from flowtrain.errors.describing import nearest
 
 __all__ = ["Handler", "Marked", "check_handlers", "find_handler", "is_bundled_event", "mark"]
 

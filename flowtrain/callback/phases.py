@@ -40,7 +40,9 @@ from flowtrain.callback.events import (
 )
 from flowtrain.callback.modes import Modes, phase_modes
 from flowtrain.data.batch_size import measure
-from flowtrain.errors import DataError, UsageError, describe, is_a, is_type, runs_nothing, switch
+from flowtrain.errors import DataError, UsageError
+from flowtrain.errors.arguments import is_a, is_type, runs_nothing, switch
+from flowtrain.errors.describing import describe
 
 __all__ = [
     "AbstractTrainingPhase",

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from flowtrain.errors import ResolutionError, is_a
+from flowtrain.errors import ResolutionError
+from flowtrain.errors.arguments import is_a
 
 __all__ = ["NoConflict", "Resolution", "RunFirst", "Unresolvable", "resolutions_for", "resolve"]
 

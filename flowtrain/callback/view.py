@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowtrain.callback.events import Event
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
 
 __all__ = ["NO_REQUEST", "POINTERS", "CheckpointRequest", "LearnerView"]
 

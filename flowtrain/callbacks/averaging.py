@@ -18,7 +18,8 @@ from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, Epoc
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.state.shards import is_sharded, shard_like
 
 __all__ = ["Averaging"]

@@ -23,7 +23,8 @@ from flowtrain.callback.events import BatchEnd, EpochEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 from flowtrain.callback.view import POINTERS, LearnerView
 from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, Mode, check_monitor, direction, value_of_epoch, watched_phase
-from flowtrain.errors import CheckpointError, RankError, UsageError, is_a, switch, whole_number
+from flowtrain.errors import CheckpointError, RankError, UsageError
+from flowtrain.errors.arguments import is_a, switch, whole_number
 from flowtrain.logging.records import identity
 from flowtrain.state.by_phase import epoch_of
 from flowtrain.training.checkpoint.files import point

@@ -10,7 +10,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import HandlerError, is_type, runs_nothing
+from flowtrain.errors import HandlerError
+from flowtrain.errors.arguments import is_type, runs_nothing
 
 __all__ = ["CustomCallback"]
 

@@ -16,7 +16,8 @@ from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 from flowtrain.state.accelerator import accelerator
 
 __all__ = ["DeviceStats"]

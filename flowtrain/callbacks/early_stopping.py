@@ -23,7 +23,8 @@ from flowtrain.callbacks.monitoring import (
 )
 from flowtrain.callbacks.stopping.criteria import Patience
 from flowtrain.callbacks.stopping.criterion import Criterion, Disjunction
-from flowtrain.errors import CancelFittingException, UsageError, is_a, is_whole
+from flowtrain.errors import CancelFittingException, UsageError
+from flowtrain.errors.arguments import is_a, is_whole
 
 __all__ = ["EarlyStopping"]
 

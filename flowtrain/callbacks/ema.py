@@ -9,7 +9,8 @@ import torch
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from flowtrain.callbacks.averaging import Averaging
-from flowtrain.errors import UsageError, is_a, switch
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, switch
 
 __all__ = ["EMA"]
 

@@ -16,7 +16,8 @@ from flowtrain.callback.resolution import NoConflict, Resolution
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
 from flowtrain.core.optimizers import match_names
-from flowtrain.errors import UsageError, is_a, switch, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, switch, whole_number
 
 __all__ = ["Freeze"]
 

@@ -10,7 +10,7 @@ from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, EpochBegin, EpochCancelled, EpochEnd, FitEnd
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import whole_number
+from flowtrain.errors.arguments import whole_number
 
 __all__ = ["GarbageCollect"]
 

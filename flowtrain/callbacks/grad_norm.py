@@ -10,7 +10,7 @@ from flowtrain.callback.events import UpdateBegin, UpdateEnd
 from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.callback.view import LearnerView
 from flowtrain.core.optimizers import dense_part
-from flowtrain.errors import switch
+from flowtrain.errors.arguments import switch
 
 __all__ = ["GradNorm"]
 

@@ -9,7 +9,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
 
 __all__ = ["LearningRateMonitor"]
 

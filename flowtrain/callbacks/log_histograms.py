@@ -12,7 +12,7 @@ from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, UpdateBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import switch, whole_number
+from flowtrain.errors.arguments import switch, whole_number
 from flowtrain.logging.backend import Group, Histogram, LoggerBackend
 from flowtrain.logging.records import log
 from flowtrain.logging.values import checked_backends

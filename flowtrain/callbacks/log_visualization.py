@@ -11,7 +11,8 @@ from flowtrain.callback.conditions import Every
 from flowtrain.callback.events import BatchEnd, EpochEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import LoggingError, is_a, is_type, whole_number
+from flowtrain.errors import LoggingError
+from flowtrain.errors.arguments import is_a, is_type, whole_number
 from flowtrain.logging.backend import Loggable, LoggerBackend
 from flowtrain.logging.records import log
 from flowtrain.logging.values import checked_backends

@@ -19,7 +19,9 @@ from flowtrain.callback.phases import Phase, has_bundled_step
 from flowtrain.callback.resolution import Resolution, Unresolvable
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.batch_size import lengths, measure
-from flowtrain.errors import UsageError, describe, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
+from flowtrain.errors.describing import describe
 from flowtrain.graph.registry import Callbacks
 from flowtrain.metrics.means import EpochMeans, exact_parts, joined, mean
 from flowtrain.metrics.metric import Metric, check_weight, values_of

@@ -23,7 +23,8 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.terminal import generator_kept, say
 from flowtrain.data.nested import Attribute, items
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
-from flowtrain.errors import UsageError, is_a, switch, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, switch, whole_number
 from flowtrain.state.shards import is_sharded
 
 __all__ = [

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_a, is_type
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, is_type
 from flowtrain.state.by_phase import Counts, epoch_of
 
 __all__ = [

@@ -15,7 +15,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, FitBegin, FitEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import CallbackError, UsageError, is_a, switch, whole_number
+from flowtrain.errors import CallbackError, UsageError
+from flowtrain.errors.arguments import is_a, switch, whole_number
 from flowtrain.logging.records import identity
 
 __all__ = ["Profiler"]

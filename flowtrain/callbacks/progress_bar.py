@@ -23,7 +23,8 @@ from flowtrain.callbacks.metrics_printer import MetricsPrinter, number_text, rat
 from flowtrain.callbacks.terminal import BottomLine, CellOutput, console, place_for, say
 from flowtrain.data.batch_size import samples_given
 from flowtrain.data.loaders import length
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.state.by_phase import Counts, epoch_of
 from flowtrain.state.device_values import Reading
 

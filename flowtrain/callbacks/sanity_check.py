@@ -21,7 +21,8 @@ from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationP
 from flowtrain.callback.view import LearnerView
 from flowtrain.data.nested import leaves
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, on_device_of, same_rng, shared_copy
-from flowtrain.errors import DataError, SanityCheckError, describe
+from flowtrain.errors import DataError, SanityCheckError
+from flowtrain.errors.describing import describe
 
 __all__ = [
     "Problem",

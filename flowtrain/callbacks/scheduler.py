@@ -23,7 +23,8 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.monitoring import UNKNOWN_METRIC, direction, value_of_epoch, watched_phase
 from flowtrain.callbacks.schedules.plateau import Plateau, ReduceOnPlateau
 from flowtrain.callbacks.schedules.schedule import Schedule, ScheduleLike, as_schedule
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 from flowtrain.state.by_phase import Counts
 from flowtrain.state.hyperparameters import HyperParameter, Setting
 

@@ -13,7 +13,8 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 
 __all__ = ["SmoothLoss"]
 

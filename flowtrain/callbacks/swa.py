@@ -18,7 +18,8 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_
 from flowtrain.callback.view import LearnerView
 from flowtrain.callbacks.averaging import Averaging
 from flowtrain.diagnostics.scratch_learner import CannotLook, on_device_of, readable_copy
-from flowtrain.errors import UsageError, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import whole_number
 from flowtrain.training.checkpoint.rng import restoring_loader
 
 __all__ = ["SWA"]

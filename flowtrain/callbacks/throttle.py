@@ -26,7 +26,8 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.conditions import After, Before, Condition, Every, EverySeconds, Once, When
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_a, is_positive, is_type, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, is_positive, is_type, whole_number
 
 __all__ = ["after", "before", "once", "throttle", "when"]
 

@@ -12,7 +12,8 @@ from typing import Literal
 
 from flowtrain.callback.callback import Callback
 from flowtrain.diagnostics.trace_file import TraceWriter, join
-from flowtrain.errors import CallbackError, LoggingError, UsageError, is_a, whole_number
+from flowtrain.errors import CallbackError, LoggingError, UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 from flowtrain.graph.clock import Clock, Mark
 from flowtrain.logging.records import identity
 from flowtrain.state.device_values import watched_waits

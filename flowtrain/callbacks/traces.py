@@ -11,7 +11,9 @@ from flowtrain.callback.callback import Callback, on
 from flowtrain.callback.events import BatchEnd, Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import HandlerError, describe, is_a, is_type, whole_number
+from flowtrain.errors import HandlerError
+from flowtrain.errors.arguments import is_a, is_type, whole_number
+from flowtrain.errors.describing import describe
 
 __all__ = ["Traces"]
 

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from flowtrain.data.nested import INSIDE, leaves, mapped
-from flowtrain.errors import CoreError, is_a
+from flowtrain.errors import CoreError
+from flowtrain.errors.arguments import is_a
 
 __all__ = ["Compiled", "check_compile", "has_graphs", "original"]
 

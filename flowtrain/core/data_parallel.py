@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from flowtrain.core.replica import FLAGS
-from flowtrain.core.settings import Settings
+from flowtrain.core.settings import CoreSettings
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
 from flowtrain.errors import CoreError
@@ -120,7 +120,7 @@ class DataParallel:
         losses: Sequence[torch.nn.Module],
         call: Callable[..., Any] | None,
         device: torch.device,
-        settings: Settings,
+        settings: CoreSettings,
     ) -> None:
         options = settings.ddp or {}
         self._modules = [*models.values(), *losses]
@@ -282,7 +282,7 @@ def send_buffers(world: World, modules: Iterable[torch.nn.Module]) -> None:
     _send_to_all(world, [buffer for module in modules for buffer in module.buffers()])
 
 
-def equalise(world: World, modules: Sequence[torch.nn.Module], settings: Settings) -> None:
+def equalise(world: World, modules: Sequence[torch.nn.Module], settings: CoreSettings) -> None:
     """Set the parameters and buffers of all ranks to those of the main rank.
 
     Raises:

@@ -24,7 +24,9 @@ import torch
 from torch._C._autograd import _profiler_enabled  # pyright: ignore[reportPrivateUsage]  # nothing else tells
 from torch.optim import Optimizer
 
-from flowtrain.errors import CoreError, UsageError, is_a, nearest
+from flowtrain.errors import CoreError, UsageError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 from flowtrain.state.shards import whole
 
 __all__ = [

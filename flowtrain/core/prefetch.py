@@ -1,6 +1,6 @@
 """Placement and prefetch: batches get to the device of a core, one by one or ahead of time.
 
-`Placement` is the part of a core that moves data. Where copies can run beside computation, it moves the next
+`BatchMover` is the part of a core that moves data. Where copies can run beside computation, it moves the next
 batch while the current one is computed; this is *prefetch*. `ahead` takes one batch more from the loader than it has
 given, and begins to move it (`Transfer.start`) before it gives the batch before. So the copy of batch *i + 1* runs
 beside the computation of batch *i*, and it is known of every batch whether it is the last one. Prefetch keeps these
@@ -29,7 +29,7 @@ from flowtrain.data.loaders import END_OF_DATA
 from flowtrain.state.accelerator import has_streams, on_stream
 from flowtrain.state.device_values import DEFAULT_LAG
 
-__all__ = ["Placement", "StreamTransfer", "Transfer", "ahead", "counted", "transfer_to", "warn_unable"]
+__all__ = ["BatchMover", "StreamTransfer", "Transfer", "ahead", "counted", "transfer_to", "warn_unable"]
 
 
 @runtime_checkable
@@ -43,7 +43,7 @@ class Transfer(Protocol):
         """Return the batch on the device, for use on the current stream. Must not make the host wait."""
 
 
-class Placement:
+class BatchMover:
     """Moves batches to a device.
 
     Args:

@@ -13,16 +13,17 @@ from flowtrain.core.compile import check_compile
 from flowtrain.core.precision import DTYPES, Precision
 from flowtrain.core.prefetch import Transfer
 from flowtrain.core.world import Parallel
-from flowtrain.errors import CoreError, is_a, is_positive, whole_number
+from flowtrain.errors import CoreError
+from flowtrain.errors.arguments import is_a, is_positive, whole_number
 
-__all__ = ["Settings", "Shard", "setting", "text_of"]
+__all__ = ["CoreSettings", "Shard", "setting", "text_of"]
 
 Shard: TypeAlias = type[torch.nn.Module] | Sequence[type[torch.nn.Module]] | Callable[[str, torch.nn.Module], bool]
 """Which submodules are units of their own: those of one class or of several, or those that a function chooses."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class CoreSettings:
     """The arguments of `TorchCore`, checked; its docstring says what each of them means.
 
     Raises:

@@ -28,10 +28,12 @@ from torch.optim import Optimizer
 
 from flowtrain.core.data_parallel import check_unwrapped, equalise, send_buffers, share_nan
 from flowtrain.core.replica import FIRST_FAILURE
-from flowtrain.core.settings import Settings, Shard
+from flowtrain.core.settings import CoreSettings, Shard
 from flowtrain.core.unsent_gradients import UnsentGradients
 from flowtrain.core.world import World
-from flowtrain.errors import CoreError, UsageError, is_a, nearest
+from flowtrain.errors import CoreError, UsageError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 from flowtrain.state.shards import whole
 
 __all__ = ["Sharded", "full_state_dict"]
@@ -96,7 +98,7 @@ class Sharded:
         models: Mapping[str, torch.nn.Module],
         losses: Sequence[torch.nn.Module],
         device: torch.device,
-        settings: Settings,
+        settings: CoreSettings,
         wanted: Any,
     ) -> None:
         model = models.get("")
@@ -254,7 +256,7 @@ def _shard(
     world: World,
     model: torch.nn.Module,
     device: torch.device,
-    settings: Settings,
+    settings: CoreSettings,
     wanted: Any,
 ) -> list[Any]:
     """Shard a model in place, and return its units; `Sharded` describes the arguments and the errors."""

@@ -38,9 +38,9 @@ from flowtrain.core.precision import (
     check_precision,
     in_precision,
 )
-from flowtrain.core.prefetch import Placement, Transfer, warn_unable
+from flowtrain.core.prefetch import BatchMover, Transfer, warn_unable
 from flowtrain.core.replica import Replica, Single
-from flowtrain.core.settings import Settings, Shard, setting
+from flowtrain.core.settings import CoreSettings, Shard, setting
 from flowtrain.core.sharding import Sharded
 from flowtrain.core.world import Parallel, World, find_world, local_rank
 from flowtrain.errors import CoreError
@@ -48,7 +48,7 @@ from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
 
-__all__ = ["Precision", "Settings", "TorchCore"]
+__all__ = ["CoreSettings", "Precision", "TorchCore"]
 
 
 class TorchCore:
@@ -132,7 +132,7 @@ class TorchCore:
         shard: Shard | None = None,
         fsdp: Mapping[str, Any] | None = None,
     ) -> None:
-        self.settings = Settings(
+        self.settings = CoreSettings(
             device, precision, accumulate, clip_grad_norm, compile, clip_grad_value=clip_grad_value,
             init_scale=init_scale, lag=lag, prefetch=prefetch, channels_last=channels_last, tf32=tf32,
             parallel=parallel, ddp=ddp, uneven=uneven, check_params=check_params, shard=shard, fsdp=fsdp,
@@ -223,7 +223,7 @@ class TorchCore:
         self.optimizer = state.optimizer
         self.groups = Groups(self._optimizers, self.accumulate)
         chosen = self.settings
-        self._placement = Placement(
+        self._placement = BatchMover(
             self.device, self.groups, prefetch=chosen.prefetch, channels_last=chosen.channels_last, lag=chosen.lag
         )
         self.places, self.place, self.feed = self._placement.needed, self._placement.place, self._placement.feed
@@ -420,7 +420,7 @@ class TorchCore:
         """Return a core with the same settings for a copy of the learner; it does not compile, and does not warn.
 
         Args:
-            changes: Settings that differ.
+            changes: CoreSettings that differ.
         """
         alone: dict[str, Any] = {"compile": False, "parallel": None, "shard": None, "fsdp": None}
         core = TorchCore(**{**vars(self.settings), **alone, **changes})

@@ -16,7 +16,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from flowtrain.data.nested import items, place_text
-from flowtrain.errors import is_whole
+from flowtrain.errors.arguments import is_whole
 
 __all__ = ["lengths", "measure", "samples_given", "shape_of"]
 

@@ -24,7 +24,8 @@ from typing import Any, Final, Literal, TypeAlias
 
 import torch
 
-from flowtrain.errors import DataError, UsageError, describe
+from flowtrain.errors import DataError, UsageError
+from flowtrain.errors.describing import describe
 
 __all__ = [
     "DATA_EXAMPLE",

@@ -46,7 +46,8 @@ from torch.utils.data import (
 
 from flowtrain.data.loaders import CombinedLoader, LimitedLoader, length
 from flowtrain.data.rank_batches import fingerprint
-from flowtrain.errors import DataError, RankError, is_whole
+from flowtrain.errors import DataError, RankError
+from flowtrain.errors.arguments import is_whole
 
 __all__ = ["LoaderDivider", "RankSampler", "Share", "check_first_batches", "without_share"]
 

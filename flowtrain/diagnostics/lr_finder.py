@@ -21,7 +21,8 @@ from flowtrain.callback.phases import AbstractTrainingPhase, Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.plots import figure_type, save
 from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, scratch_learner
-from flowtrain.errors import CancelFittingException, UsageError, is_a, is_positive, whole_number
+from flowtrain.errors import CancelFittingException, UsageError
+from flowtrain.errors.arguments import is_a, is_positive, whole_number
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.hyperparameters import LearningRate

@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.errors import UsageError, is_a, nearest
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -23,7 +23,9 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.recording_view import Log, RecordingView
 from flowtrain.diagnostics.scratch_learner import LearnerParts, copies, first_batches, same_rng, scratch_learner
 from flowtrain.diagnostics.strict import changes, declarable, fingerprints
-from flowtrain.errors import FlowtrainError, UsageError, is_a, nearest
+from flowtrain.errors import FlowtrainError, UsageError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, PlannedHandler, owner_of, set_up
 from flowtrain.graph.reach import Reach

@@ -24,7 +24,7 @@ from typing import Any
 
 from flowtrain.diagnostics import trace_formatter
 from flowtrain.errors import LoggingError, UsageError
-from flowtrain.graph.clock import Clock, Mark, Stamp, Track
+from flowtrain.graph.clock import Clock, Mark, Stamp, TimelineRow
 
 __all__ = ["TraceWriter", "join", "read_trace"]
 
@@ -67,8 +67,8 @@ class TraceWriter:
         self._clock, self._pid = clock, rank + 1
         zero, unix = _now()
         self._process: subprocess.Popen[bytes] | None = self._start(zero, limit)
-        self._numbers: dict[tuple[Mark, int | Track], int] = {}  # the numbers of templates
-        self._lines: dict[int | Track, tuple[int, int]] = {}  # the numbers of process and thread of each track
+        self._numbers: dict[tuple[Mark, int | TimelineRow], int] = {}  # the numbers of templates
+        self._lines: dict[int | TimelineRow, tuple[int, int]] = {}  # the numbers of process and thread of each track
         self._processes: dict[str, int] = {}
         self._ended = threading.Event()
         begin = [
@@ -169,7 +169,7 @@ class TraceWriter:
 
     # --- names and numbers of the lines of a timeline
 
-    def _template(self, mark: Mark, track: int | Track, texts: list[str]) -> str:
+    def _template(self, mark: Mark, track: int | TimelineRow, texts: list[str]) -> str:
         """Return the text of a trace event of a mark on a track, up to its numbers; a new track is named in `texts`."""
         if track not in self._lines:
             texts += [",\n" + json.dumps(each) for each in self._begin_line(track, mark.kind)]
@@ -178,9 +178,9 @@ class TraceWriter:
         args = json.dumps(dict(mark.args), default=str).replace("%", "%%")
         return f',\n{head[:-1]}, "ts": %d.%03d, "dur": %d.%03d, "args": {args}}}'
 
-    def _begin_line(self, track: int | Track, kind: str) -> Iterator[dict[str, Any]]:
+    def _begin_line(self, track: int | TimelineRow, kind: str) -> Iterator[dict[str, Any]]:
         """Give a track its numbers, and yield the trace events that name it, by its first kind if it has ended."""
-        if isinstance(track, Track):
+        if isinstance(track, TimelineRow):
             pid = self._processes.get(track.process) if track.process else self._pid
             if pid is None:
                 pid = self._pid * _FIRST_WORKER + len(self._processes)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
-__all__ = ["TraceFormatter", "main"]
+__all__ = ["Message", "TraceFormatter", "main"]
 
 Message: TypeAlias = "tuple[list[str], dict[int, str], list[Any]]"
 """Whole trace events, the templates of further trace events by number, and rows, one after the other in one list.

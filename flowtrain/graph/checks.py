@@ -16,7 +16,9 @@ from flowtrain.callback.callback import Callback, registered
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import AccessError, CallbackError, HandlerError, LoggingError, MissingStateError, is_a, nearest
+from flowtrain.errors import AccessError, CallbackError, HandlerError, LoggingError, MissingStateError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.reach import COMPUTED, attribute
 from flowtrain.graph.shared_state import ranks_of

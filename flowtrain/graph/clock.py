@@ -34,7 +34,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.data.loaders import END_OF_DATA
 from flowtrain.graph.plan import Call, Plan, PlanKey, PlannedHandler
 
-__all__ = ["HANDLER", "HAND_OVER", "IN_LANE", "Clock", "Mark", "Measured", "Stamp", "Track", "spanning"]
+__all__ = ["HANDLER", "HAND_OVER", "IN_LANE", "Clock", "Mark", "Measured", "Stamp", "TimelineRow", "spanning"]
 
 HANDLER: Final = "handler"
 HAND_OVER: Final = "hand-over"
@@ -65,7 +65,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Track:
+class TimelineRow:
     """A line of the timeline that is no thread of this process.
 
     Attributes:
@@ -77,7 +77,7 @@ class Track:
     thread: str
 
 
-Stamp: TypeAlias = tuple[Mark, int, int, "int | Track", "Mapping[str, Any] | tuple[int, int] | None"]
+Stamp: TypeAlias = tuple[Mark, int, int, "int | TimelineRow", "Mapping[str, Any] | tuple[int, int] | None"]
 """What was timed, its begin and end in ns of `time.perf_counter_ns`, the thread or track, and further values.
 
 The further values of a batch are a plain pair, the numbers of the epoch and of the batch: there is one in each step.
@@ -185,7 +185,12 @@ class Clock:
         return run
 
     def add(
-        self, mark: Mark, begin: int, end: int, track: int | Track | None = None, args: Mapping[str, Any] | None = None
+        self,
+        mark: Mark,
+        begin: int,
+        end: int,
+        track: int | TimelineRow | None = None,
+        args: Mapping[str, Any] | None = None,
     ) -> None:
         """Leave a stamp, by default on the line of the calling thread; times are in ns of `time.perf_counter_ns`."""
         self.stamps.append((mark, begin, end, threading.get_ident() if track is None else track, args))

@@ -19,7 +19,8 @@ from textwrap import TextWrapper
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, is_type
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_type
 from flowtrain.graph.nodes import Edge
 from flowtrain.graph.plan import Plan
 

@@ -23,7 +23,8 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import CheckpointRequest
-from flowtrain.errors import ExecutorError, nearest
+from flowtrain.errors import ExecutorError
+from flowtrain.errors.describing import nearest
 from flowtrain.graph.clock import Clock
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan

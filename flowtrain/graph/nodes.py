@@ -18,7 +18,8 @@ from flowtrain.callback.conditions import Condition
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler, is_bundled_event
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.errors import CallbackError, is_a, is_type
+from flowtrain.errors import CallbackError
+from flowtrain.errors.arguments import is_a, is_type
 from flowtrain.logging.backend import LoggerBackend
 
 if TYPE_CHECKING:

@@ -28,7 +28,8 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.resolution import NoConflict
-from flowtrain.errors import CallbackError, CycleError, WriteConflictError, is_a
+from flowtrain.errors import CallbackError, CycleError, WriteConflictError
+from flowtrain.errors.arguments import is_a
 from flowtrain.graph.nodes import Edge, Node, Order, Reason, within
 from flowtrain.graph.reach import Meeting, Reach, meetings
 from flowtrain.graph.resolver import Resolver

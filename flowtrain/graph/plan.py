@@ -40,7 +40,7 @@ from flowtrain.graph.shared_state import Peers, runs_here
 from flowtrain.logging.records import holding
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.partial_view import Owner
-from flowtrain.state.random_numbers import Draws, own_numbers
+from flowtrain.state.random_numbers import CallbackSeeds, own_numbers
 from flowtrain.state.views import bind_view
 
 __all__ = ["Call", "Failed", "Plan", "PlanKey", "PlannedHandler", "cancel_error", "make_plan", "owner_of", "set_up"]
@@ -270,7 +270,7 @@ def owner_of(node: Node, handler: Handler | None) -> Owner:
     return Owner(node.name, type_name, handler.attribute, access, decorator, consumes=consumes, remedy=remedy)
 
 
-def _consuming(call: Call, node: Node, draws: Draws) -> Call:
+def _consuming(call: Call, node: Node, draws: CallbackSeeds) -> Call:
     """Return the call of a deferrable handler that runs in place, with the results that it would have on a lane.
 
     There it would record no gradients, draw from generators that are seeded for it, and log to no backend but its own.
@@ -305,7 +305,7 @@ def _may_draw(condition: Condition) -> bool:
 class _SeededConditions(Condition):
     """All conditions of a deferrable handler as one, which asks them with generators that are seeded for them."""
 
-    def __init__(self, conditions: tuple[Condition, ...], node: Node, draws: Draws) -> None:
+    def __init__(self, conditions: tuple[Condition, ...], node: Node, draws: CallbackSeeds) -> None:
         super().__init__(Event)  # `make_plan` has chosen the conditions by their event types already
         self._conditions = conditions
         self._draws = draws

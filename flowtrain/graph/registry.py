@@ -25,7 +25,9 @@ from flowtrain.callback.phases import (
     TrainingPhase,
     ValidationPhase,
 )
-from flowtrain.errors import CallbackError, RankError, is_a, nearest
+from flowtrain.errors import CallbackError, RankError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import nearest
 from flowtrain.graph.checks import (
     check_batch,
     check_cbstate,

@@ -7,7 +7,8 @@ beats `NoConflict`, and two `RunFirst` must name the same callback.
 from __future__ import annotations
 
 from flowtrain.callback.resolution import NoConflict, Resolution, RunFirst, Unresolvable, resolutions_for
-from flowtrain.errors import ResolutionError, is_a
+from flowtrain.errors import ResolutionError
+from flowtrain.errors.arguments import is_a
 from flowtrain.graph.nodes import Node, within
 
 __all__ = ["Resolver"]

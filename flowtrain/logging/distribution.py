@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
-from flowtrain.errors import LoggingError, describe, whole_number
+from flowtrain.errors import LoggingError
+from flowtrain.errors.arguments import whole_number
+from flowtrain.errors.describing import describe
 from flowtrain.logging.backend import Histogram
 
 __all__ = ["Distribution", "distribution"]

@@ -19,7 +19,8 @@ from typing import Any, Self
 
 import torch
 
-from flowtrain.errors import LoggingError, is_a, switch
+from flowtrain.errors import LoggingError
+from flowtrain.errors.arguments import is_a, switch
 from flowtrain.logging.backend import HOLD, File, LoggerBackend, Run
 
 __all__ = [

@@ -19,7 +19,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from flowtrain.errors import LoggingError, is_a
+from flowtrain.errors import LoggingError
+from flowtrain.errors.arguments import is_a
 from flowtrain.logging.backend import (
     Figure,
     File,

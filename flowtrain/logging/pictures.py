@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from flowtrain.errors import LoggingError, describe
+from flowtrain.errors import LoggingError
+from flowtrain.errors.describing import describe
 from flowtrain.logging.backend import Figure, Image
 
 __all__ = ["figure_png", "image_png", "pixels", "png"]

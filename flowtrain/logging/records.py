@@ -13,7 +13,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from flowtrain.errors import LoggingError, is_whole, raise_worst
+from flowtrain.errors import LoggingError, raise_worst
+from flowtrain.errors.arguments import is_whole
 from flowtrain.logging.backend import HOLD, Group, Loggable, LoggerBackend
 from flowtrain.logging.names import readable
 

@@ -24,7 +24,8 @@ from itertools import groupby
 from typing import Any
 from urllib.parse import quote, unquote
 
-from flowtrain.errors import LoggingError, switch
+from flowtrain.errors import LoggingError
+from flowtrain.errors.arguments import switch
 from flowtrain.logging.backend import (
     Figure,
     Group,

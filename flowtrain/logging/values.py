@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
-from flowtrain.errors import LoggingError, is_a
+from flowtrain.errors import LoggingError
+from flowtrain.errors.arguments import is_a
 from flowtrain.logging.backend import Group, Histogram, Loggable, LoggerBackend, Value
 from flowtrain.logging.names import readable
 from flowtrain.state.series import Series

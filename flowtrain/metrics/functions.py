@@ -12,7 +12,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from flowtrain.errors import LossError, UsageError, describe, is_a, whole_number
+from flowtrain.errors import LossError, UsageError
+from flowtrain.errors.arguments import is_a, whole_number
+from flowtrain.errors.describing import describe
 
 __all__ = ["accuracy", "mean_absolute_error", "mean_squared_error", "model_loss", "top_k_accuracy"]
 

@@ -15,7 +15,9 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 import torch
 
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, describe, is_a, is_type
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, is_type
+from flowtrain.errors.describing import describe
 from flowtrain.metrics.running import Accumulator, Running
 
 __all__ = ["Metric", "check_weight", "values_of"]

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from flowtrain.callback.access import Access, Read, declare
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase
-from flowtrain.errors import MissingStateError, UsageError, is_a
+from flowtrain.errors import MissingStateError, UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.metrics.metric import Metric
 
 __all__ = ["Track"]

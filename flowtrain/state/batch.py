@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from flowtrain.errors import MissingStateError, nearest
+from flowtrain.errors import MissingStateError
+from flowtrain.errors.describing import nearest
 from flowtrain.state.readonly import UNPROTECTED, itself, readonly
 
 __all__ = ["BatchState", "ReadOnlyBatch"]

@@ -31,7 +31,9 @@ import torch
 
 from flowtrain.callback.access import Access, Write
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import UsageError, is_a, nearest, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
+from flowtrain.errors.describing import nearest
 
 __all__ = ["HyperParameter", "LearningRate", "Momentum", "Setting", "WeightDecay"]
 

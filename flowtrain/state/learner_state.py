@@ -13,13 +13,14 @@ from typing import Any
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
-from flowtrain.errors import CheckpointError, MissingStateError, UsageError, nearest
+from flowtrain.errors import CheckpointError, MissingStateError, UsageError
+from flowtrain.errors.describing import nearest
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import CONTAINERS, CountsMap, PhaseMap, adopt
 from flowtrain.state.container import Container, Freezer, Tree, changed_items, declared_items
 from flowtrain.state.encoding import Packer, in_types_of, unpack
 from flowtrain.state.optimizer_view import OptimizerParts
-from flowtrain.state.random_numbers import Draws
+from flowtrain.state.random_numbers import CallbackSeeds
 from flowtrain.state.readonly import readonly, refuse
 from flowtrain.state.series import Series, SeriesMap
 
@@ -331,7 +332,7 @@ class LearnerState:
         self.batch_twin: BatchState | ReadOnlyBatch = self.batch
         self.cbstate = State("cbstate")
         self.callbacks: Any = ()
-        self.draws = Draws()
+        self.draws = CallbackSeeds()
         self.fired: list[tuple[str, Any]] = []
         self.requests: list[tuple[str, Any]] = []
         self.lag = self.rank = 0

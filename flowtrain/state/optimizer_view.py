@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from flowtrain.errors import ProtectedException, UsageError, nearest
+from flowtrain.errors import ProtectedException, UsageError
+from flowtrain.errors.describing import nearest
 from flowtrain.state.readonly import readonly, refuse
 
 __all__ = ["HyperParamGroup", "HyperParams", "OptimizerParts", "OptimizerState"]

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 import torch
 
-from flowtrain.errors import nearest
+from flowtrain.errors.describing import nearest
 from flowtrain.state.container import Freezer, Tree, declared_items
 from flowtrain.state.readonly import refuse
 

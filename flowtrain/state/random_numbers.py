@@ -6,8 +6,8 @@ The generators of Python, numpy and torch are global to a process. If a logger d
 shuffling that come after it would draw other numbers, and training would depend on who logs. So each call of a
 deferrable handler runs within `own_numbers`, which seeds the generators for the handler and afterwards restores the
 state in which training left them. The seed is made from the seed of the run, the name of the callback and the number of
-the event (`Draws`). So a handler draws the same numbers wherever it runs, and draws them again when a resumed run comes
-to the same event.
+the event (`CallbackSeeds`). So a handler draws the same numbers wherever it runs, and draws them again when a resumed
+run comes to the same event.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from typing import Any, Literal
 
 import torch
 
-from flowtrain.errors import UsageError, is_whole
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_whole
 from flowtrain.state import accelerator
 
-__all__ = ["Draws", "own_numbers", "seed_everything"]
+__all__ = ["CallbackSeeds", "own_numbers", "seed_everything"]
 
 _NUMPY_BYTES = 2500
 """The size of numpy's ``MT19937`` state: 624 words and the position among them."""
@@ -72,7 +73,7 @@ def seed_everything(seed: int, *, deterministic: bool | Literal["warn"] = False)
     return seed
 
 
-class Draws:
+class CallbackSeeds:
     """Makes the seeds for the deferrable callbacks of one learner."""
 
     def __init__(self) -> None:

@@ -14,7 +14,9 @@ import torch
 
 from flowtrain.callback.access import Path
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError, nearest, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import whole_number
+from flowtrain.errors.describing import nearest
 from flowtrain.state.container import Container, Freezer, Tree, declared_items
 from flowtrain.state.device_values import Unread
 from flowtrain.state.encoding import Packer

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 from flowtrain.callback.access import ROOTS, Declaration, Path, Read, Write, collective, granted
 from flowtrain.callback.view import LearnerView
-from flowtrain.errors import MissingStateError, UsageError, nearest
+from flowtrain.errors import MissingStateError, UsageError
+from flowtrain.errors.describing import nearest
 from flowtrain.state.batch import ReadOnlyBatch
 from flowtrain.state.container import Tree
 from flowtrain.state.detached import detached

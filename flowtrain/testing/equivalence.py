@@ -22,7 +22,8 @@ import torch
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.diagnostics.scratch_learner import same_rng
-from flowtrain.errors import ExecutorError, UsageError, is_a
+from flowtrain.errors import ExecutorError, UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.graph.executor import Executor, Runner, Site, find_executor
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Failed, Plan

@@ -16,7 +16,9 @@ import torch
 from flowtrain.callback.callback import Callback
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, as_phase, has_bundled_step
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CallbackError, CoreError, UsageError, nearest, whole_number
+from flowtrain.errors import CallbackError, CoreError, UsageError
+from flowtrain.errors.arguments import whole_number
+from flowtrain.errors.describing import nearest
 from flowtrain.state.learner_state import Named
 
 __all__ = [

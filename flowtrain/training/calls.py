@@ -16,7 +16,8 @@ import torch
 from flowtrain.callback.events import EpochBegin
 from flowtrain.callback.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase, ValidationPhase
 from flowtrain.data.nested import INSIDE, PLAIN, leaves, mapped
-from flowtrain.errors import CheckpointError, DataError, ExecutorError, UsageError, describe, text_of
+from flowtrain.errors import CheckpointError, DataError, ExecutorError, UsageError, text_of
+from flowtrain.errors.describing import describe
 from flowtrain.graph.executor import Deferring
 from flowtrain.graph.registry import Callbacks
 from flowtrain.state.batch import BatchState

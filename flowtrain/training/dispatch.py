@@ -27,7 +27,8 @@ from flowtrain.callback.events import (
 )
 from flowtrain.callback.phases import AbstractTrainingPhase, Phase, has_bundled_step
 from flowtrain.callback.view import NO_REQUEST, CheckpointRequest
-from flowtrain.errors import CancelException, ExecutorError, UsageError, is_a
+from flowtrain.errors import CancelException, ExecutorError, UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Executor, Mailbox, Runner
 from flowtrain.graph.nodes import Node

@@ -28,7 +28,9 @@ from flowtrain.callback.phases import (
 )
 from flowtrain.data.loaders import DATA_EXAMPLE, LimitedLoader, check_iterable, empty, is_array, length, make_loader
 from flowtrain.data.rank_loaders import without_share
-from flowtrain.errors import DataError, UsageError, describe, is_a, is_whole, whole_number
+from flowtrain.errors import DataError, UsageError
+from flowtrain.errors.arguments import is_a, is_whole, whole_number
+from flowtrain.errors.describing import describe
 from flowtrain.state.by_phase import PhaseMap
 
 __all__ = [

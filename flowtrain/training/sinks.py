@@ -26,7 +26,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from flowtrain.errors import CancelException, LoggingError, RankError, is_a, text_of
+from flowtrain.errors import CancelException, LoggingError, RankError, text_of
+from flowtrain.errors.arguments import is_a
 from flowtrain.graph.nodes import Node
 from flowtrain.logging.backend import LoggerBackend, Outcome, Run
 from flowtrain.logging.files import process_rank

@@ -36,7 +36,9 @@ from flowtrain.callback.phases import (
     has_bundled_step,
 )
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import CancelException, CoreError, DataError, UsageError, describe, is_a
+from flowtrain.errors import CancelException, CoreError, DataError, UsageError
+from flowtrain.errors.arguments import is_a
+from flowtrain.errors.describing import describe
 from flowtrain.state.batch import BatchState
 from flowtrain.state.learner_state import LearnerState, State
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
@@ -44,7 +46,7 @@ from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.failures import Failures
 from flowtrain.training.scopes import CLOSED, ENDING, OPEN, Scopes
 from flowtrain.training.step_errors import check_graph, loss_error, note_inputs, see_memory_error
-from flowtrain.training.sync import Sync
+from flowtrain.training.sync import StepSync
 
 __all__ = ["Steps", "detach_loss"]
 
@@ -76,7 +78,7 @@ class Steps(StepContext):
         scopes: Scopes,
         dispatch: Dispatch,
         checkpoints: Checkpoints,
-        sync: Sync,
+        sync: StepSync,
     ) -> None:
         self._state, self._core, self._scopes, self._dispatch = state, core, scopes, dispatch
         self._checkpoints, self._sync = checkpoints, sync

@@ -12,7 +12,8 @@ import torch
 
 from flowtrain.callback.phases import Phase, has_bundled_step
 from flowtrain.core.torch_core import TorchCore
-from flowtrain.errors import LossError, describe
+from flowtrain.errors import LossError
+from flowtrain.errors.describing import describe
 from flowtrain.state.batch import BatchState
 
 __all__ = ["check_graph", "loss_error", "note_inputs", "see_memory_error"]

@@ -1,7 +1,7 @@
 """How the batches of this process stay in step with those of other ranks: the interface, and that of one process.
 
-`flowtrain.training.step.Steps` calls a `Sync` at the places in a batch that its methods name. `NoSync` is that of one
-process, `flowtrain.training.ranks.batch_sync.BatchSync` that of several ranks.
+`flowtrain.training.step.Steps` calls a `StepSync` at the places in a batch that its methods name. `NoSync` is that of
+one process, `flowtrain.training.ranks.batch_sync.BatchSync` that of several ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flowtrain.core.torch_core import TorchCore
 from flowtrain.graph.executor import Runner
 from flowtrain.training.dispatch import StepRunners
 
-__all__ = ["NoSync", "StepCalls", "Sync", "Update"]
+__all__ = ["NoSync", "StepCalls", "StepSync", "Update"]
 
 Update: TypeAlias = Callable[[Phase], None]
 """A function that updates the parameters in a batch of a phase, if an accumulation group is due."""
@@ -25,7 +25,7 @@ StepCalls: TypeAlias = tuple[Callable[..., Any], Callable[[torch.Tensor], Any], 
 """The functions by which a bundled training step runs the model and the backward pass of its loss, and updates."""
 
 
-class Sync(Protocol):
+class StepSync(Protocol):
     """Synchronises the batches of one learner with those of the other ranks."""
 
     @property
@@ -85,7 +85,7 @@ class Sync(Protocol):
 
 
 class NoSync:
-    """The batches of one process, which no other rank waits for: a `Sync`.
+    """The batches of one process, which no other rank waits for: a `StepSync`.
 
     Args:
         core: The core of the learner.
@@ -97,28 +97,28 @@ class NoSync:
         self._core = core
 
     def begin(self, phase: AbstractTrainingPhase, update: Update) -> StepCalls:
-        """See `Sync.begin`."""
+        """See `StepSync.begin`."""
         return self._core.model, self._core.backward, update
 
     def begin_own(self, phase: Phase) -> None:
-        """See `Sync.begin_own`."""
+        """See `StepSync.begin_own`."""
 
     def end_own(self, phase: Phase) -> None:
-        """See `Sync.end_own`."""
+        """See `StepSync.end_own`."""
 
     def around(self, phase: Phase, step: Callable[[Any], None]) -> Callable[[Any], None]:
-        """See `Sync.around`."""
+        """See `StepSync.around`."""
         return step
 
     def updating(
         self, phase: Phase, names: list[str], on: StepRunners, *, in_batch: bool
     ) -> tuple[Runner | None, Runner | None]:
-        """See `Sync.updating`."""
+        """See `StepSync.updating`."""
         return on.update_begin, on.update_end
 
     def check_own_update(self, phase: Phase) -> None:
-        """See `Sync.check_own_update`."""
+        """See `StepSync.check_own_update`."""
 
     def leave(self, phase: Phase, failure: BaseException) -> BaseException:
-        """See `Sync.leave`."""
+        """See `StepSync.leave`."""
         return failure

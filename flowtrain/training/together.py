@@ -15,7 +15,7 @@ from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.training.checkpoint.parts import Parts, WholeParts
 from flowtrain.training.failures import Failures
-from flowtrain.training.sync import NoSync, Sync
+from flowtrain.training.sync import NoSync, StepSync
 
 __all__ = ["Alone", "Together"]
 
@@ -24,7 +24,7 @@ class Together(Protocol):
     """The processes that train one model."""
 
     @property
-    def sync(self) -> Sync:
+    def sync(self) -> StepSync:
         """Synchronises the batches."""
         ...
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 from flowtrain.callbacks import Metrics, ProgressBar, SmoothLoss, StopOnNaNLoss
 from flowtrain.core.optimizers import clip_gradients
 from flowtrain.core.precision import NaNGuard, Scaling
-from flowtrain.core.prefetch import Placement, StreamTransfer
+from flowtrain.core.prefetch import BatchMover, StreamTransfer
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.accelerator import on_stream
 from flowtrain.state.device_values import Lagged, Reading, Unread
@@ -52,7 +52,7 @@ class Mutation(NamedTuple):
 
 _from_accelerator: Callable[..., Any] = vars(tensors)["_from_accelerator"]
 _send: Callable[..., Any] = vars(Reading)["_send"]
-_place: Callable[..., Any] = vars(Placement)["_send"]
+_place: Callable[..., Any] = vars(BatchMover)["_send"]
 _is_unused: Callable[..., Any] = vars(pool)["_Memory"].is_unused
 
 START, FINISH = StreamTransfer.start, StreamTransfer.finish

@@ -205,7 +205,6 @@ def test_a_scheduler_that_is_added_at_a_resume_is_stretched_over_the_whole_fit(
         assert recorded(learner) == recorded(whole)[done:]
 
 
-
 def test_per_epoch() -> None:
     used = Used()
     schedules = {LearningRate: per_epoch(step(0.1, every=2)), Momentum: per_epoch(cosine(0.8))}

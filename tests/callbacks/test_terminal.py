@@ -29,7 +29,9 @@ def printed(programs: Programs, program: str) -> str:
 @pytest.mark.parametrize("use", ["console()", "BottomLine.of(console()).show(progress)"])
 def test_rich_draws_no_random_numbers_of_the_program(use: str, programs: Programs) -> None:
     """The import of rich draws random numbers; without a remedy, a run that prints would train differently."""
-    program = TERMINAL + f"""
+    program = (
+        TERMINAL
+        + f"""
 import random
 from flowtrain.callbacks.terminal import BottomLine, console
 assert "rich" not in sys.modules
@@ -41,15 +43,19 @@ def progress():
 {use}
 assert random.getstate() == before
 """
+    )
     printed(programs, program)
 
 
 def test_a_line_that_nobody_closed_is_given_back_when_the_program_ends(programs: Programs) -> None:
-    program = TERMINAL + """
+    program = (
+        TERMINAL
+        + """
 from flowtrain.callbacks.terminal import BottomLine, console
 BottomLine.of(console()).show(lambda: "shown")
 print("printed")
 """
+    )
     written = printed(programs, program)
     begin, end = "\x1bD\x1b[A\x1b7\x1b[1;7r\x1b8\x1b7\x1b[8;1H\x1b[2K", "\x1b7\x1b[8;1H\x1b[2K\x1b[r\x1b8"
     assert written == f"{begin}shown\x1b8printed\n{end}"

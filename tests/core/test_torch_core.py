@@ -35,7 +35,7 @@ from flowtrain import (
 )
 from flowtrain.callback.events import BackwardBegin, BackwardEnd, BatchBegin, BatchCancelled, BatchEnd, LossBegin
 from flowtrain.callbacks import CustomCallback
-from flowtrain.core.settings import Settings
+from flowtrain.core.settings import CoreSettings
 from tests.support.models import Tempered
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -647,6 +647,6 @@ def test_one_optimizer_may_have_a_name() -> None:
 
 
 def test_what_means_something() -> None:
-    settings = Settings(accumulate=4, clip_grad_norm=1, lag=0, tf32=False)
+    settings = CoreSettings(accumulate=4, clip_grad_norm=1, lag=0, tf32=False)
     assert (settings.accumulate, settings.clip_grad_norm, settings.lag, settings.tf32) == (4, 1, 0, False)
-    assert (Settings().precision, Settings().lag, Settings().clip_grad_value) == ("fp32", None, None)
+    assert (CoreSettings().precision, CoreSettings().lag, CoreSettings().clip_grad_value) == ("fp32", None, None)

@@ -22,7 +22,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import Metrics
 from flowtrain.data.batch_size import lengths, measure
-from flowtrain.errors import describe
+from flowtrain.errors.describing import describe
 from flowtrain.testing import tiny_batches, tiny_learner
 from tests.support.models import Scale
 from tests.support.nested import CASES, Encoding, Pair, Sample, Slotted

@@ -16,7 +16,7 @@ import pytest
 
 from flowtrain import BatchEnd, LoggingError, TrainingPhase, UsageError
 from flowtrain.diagnostics.trace_file import TraceWriter, join, read_trace
-from flowtrain.graph.clock import HANDLER, Clock, Mark, Track
+from flowtrain.graph.clock import HANDLER, Clock, Mark, TimelineRow
 from tests.support.traces import events_of, slices_of
 from tests.support.waiting import wait_for
 
@@ -73,7 +73,7 @@ def test_threads_and_tracks_have_lines_of_their_own(tmp_path: Path) -> None:
     thread = threading.Thread(target=work, name="strand 1")
     thread.start()
     for lane in ("A", "B", "A"):
-        made.add(Mark("in a lane", "deferred"), now, now + 1, Track("worker tcp://x", f"lane {lane}"))
+        made.add(Mark("in a lane", "deferred"), now, now + 1, TimelineRow("worker tcp://x", f"lane {lane}"))
     time.sleep(0.4)  # the writer looks four times a second, and names threads that still run
     ended.set()
     thread.join()

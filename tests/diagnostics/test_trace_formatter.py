@@ -119,9 +119,7 @@ def test_a_disk_that_is_full_from_the_beginning(tmp_path: Path) -> None:
         pytest.skip("needs /dev/full")
     with open("/dev/full", "wb", buffering=0) as file:
         program = [sys.executable, "-I", "-S", trace_formatter.__file__, "0", "100000", "1"]
-        done = subprocess.run(
-            program, input=marshal.dumps(MESSAGE), stdout=file, stderr=subprocess.PIPE, check=True
-        )
+        done = subprocess.run(program, input=marshal.dumps(MESSAGE), stdout=file, stderr=subprocess.PIPE, check=True)
     report = json.loads(done.stderr)
     assert report["dropped"] == 0
     assert report["error"]

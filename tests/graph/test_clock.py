@@ -29,7 +29,7 @@ from flowtrain import (
     UpdateEnd,
     on,
 )
-from flowtrain.graph.clock import HAND_OVER, HANDLER, IN_LANE, Clock, Mark, Measured, Track, spanning
+from flowtrain.graph.clock import HAND_OVER, HANDLER, IN_LANE, Clock, Mark, Measured, TimelineRow, spanning
 from flowtrain.testing import tiny_learner
 
 STEP: list[type[Event]] = [BatchBegin, LossBegin, BackwardBegin, BackwardEnd, UpdateBegin, UpdateEnd, BatchEnd]
@@ -181,7 +181,7 @@ def test_spans_have_their_values_and_their_line() -> None:
     clock = Clock(lambda: (0, 0))
     with spanning(clock, "waits", "stall", lane="Log"), spanning(None, "nothing", "stall"):
         pass
-    track = Track("worker tcp://a", "lane Log")
+    track = TimelineRow("worker tcp://a", "lane Log")
     clock.add(Mark("batch of 3", "lane"), 1, 2, track, {"events": 3})
     (waits, _, _, thread, _), (_, begin, end, other, args) = clock.stamps
     assert (waits.name, waits.kind, waits.args) == ("waits", "stall", {"lane": "Log"})

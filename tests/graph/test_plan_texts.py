@@ -43,7 +43,7 @@ def test_equal_plans_are_described_alike() -> None:
         return build(*callbacks, when(at("Log", {"batch.loss": R}), BatchEnd, lambda number, phase: True)).describe()
 
     assert first_difference([made(), made(), made()]) == ""
-    assert ("(BatchEnd, TrainingPhase)", 'Log.call on main rank if When(BatchEnd) {batch.loss: Read()}') in made()
+    assert ("(BatchEnd, TrainingPhase)", "Log.call on main rank if When(BatchEnd) {batch.loss: Read()}") in made()
 
 
 def test_the_first_difference_is_named() -> None:
@@ -51,7 +51,7 @@ def test_the_first_difference_is_named() -> None:
     other = build(Recorder(), at("Log", {"batch.loss": Read(reduce="sum")}, EpochEnd)).describe()
     less = build(Recorder()).describe()
     assert first_difference([one, one, other]) == (
-        "rank 2 has Log.call on main rank {batch.loss: Read(reduce=\"sum\")} at (EpochEnd, TrainingPhase), "
+        'rank 2 has Log.call on main rank {batch.loss: Read(reduce="sum")} at (EpochEnd, TrainingPhase), '
         "the main rank has Log.call on main rank {batch.loss: Read()}"
     )
     assert first_difference([one, less]) == (

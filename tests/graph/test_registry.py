@@ -109,8 +109,7 @@ def test_callbacks_are_found_by_type_or_name() -> None:
         learner.callbacks.find(untyped(3))
     assert learner.callbacks.find(other) is other
     assert str(caught.value) == (
-        "A callback is found by its type or name, got 3. Pass a class, such as Recorder, or a name, such as "
-        '"Recorder".'
+        'A callback is found by its type or name, got 3. Pass a class, such as Recorder, or a name, such as "Recorder".'
     )
 
 

@@ -417,8 +417,7 @@ def test_values_are_exchanged_at_events_that_every_rank_fires(event: type[Event]
     callback = at("Look", {"cbstate.x": Read(reduce="max")}, event)
     callback.phase = phase
     assert refused(at("Write", {"cbstate.x": W}), callback) == (
-        f"Look exchanges cbstate.x with all ranks at ({event.__name__}, {phase.__name__}): "
-        f'Read(reduce="max"). {why}'
+        f'Look exchanges cbstate.x with all ranks at ({event.__name__}, {phase.__name__}): Read(reduce="max"). {why}'
     )
     for fine in (EpochBegin, EpochEnd):
         callback = at("Look", {"cbstate.x": Read(reduce="max")}, fine)

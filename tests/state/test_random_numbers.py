@@ -39,7 +39,7 @@ from flowtrain import (
 from flowtrain.callback.callback import draws_own
 from flowtrain.callbacks import CustomCallback, LogMetrics, LogVisualization, Metrics, when
 from flowtrain.logging import JsonlBackend
-from flowtrain.state.random_numbers import Draws, own_numbers, seed_everything
+from flowtrain.state.random_numbers import CallbackSeeds, own_numbers, seed_everything
 from flowtrain.testing import tiny_learner
 from tests.support.interrupts import interrupted
 from tests.support.programs import Programs
@@ -230,16 +230,16 @@ def test_no_interrupt_leaves_the_generators_seeded() -> None:
 
 
 def test_a_seed_is_of_the_run_the_name_and_the_number() -> None:
-    draws = Draws()
+    draws = CallbackSeeds()
     draws.load_state_dict({"seed": 5, "counts": {}})
     found = [draws.next("A"), draws.next("A"), draws.next("B"), draws.before_training("A")]
     assert len(set(found)) == 4
     state = draws.state_dict()
     assert state == {"seed": 5, "counts": {"A": 2, "B": 1}}
-    again = Draws()
+    again = CallbackSeeds()
     again.load_state_dict(state)
     assert again.next("A") == draws.next("A")
-    assert Draws().seed == torch.initial_seed()
+    assert CallbackSeeds().seed == torch.initial_seed()
 
 
 class MyMetrics(LogMetrics):

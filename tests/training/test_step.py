@@ -42,7 +42,7 @@ from flowtrain import (
     Write,
     on,
 )
-from flowtrain.errors import describe
+from flowtrain.errors.describing import describe
 from flowtrain.testing import tiny_batches, tiny_learner
 from flowtrain.training.dispatch import StepRunners
 from tests.support.fired import Raise, Watch, short, watched

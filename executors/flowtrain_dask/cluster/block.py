@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from flowtrain_dask.cluster.codec import memory_for
 
-__all__ = ["Block", "Place", "possible", "read"]
+__all__ = ["Block", "BlockPlace", "possible", "read"]
 
 _NAME = "flowtrain"
 _MARK = 64
@@ -29,7 +29,7 @@ _PIECES = 1000
 """How many pieces are written with one call of the system, which takes 1024 at most (``IOV_MAX`` of Linux)."""
 
 
-class Place(NamedTuple):
+class BlockPlace(NamedTuple):
     """The place where a worker finds the content of a block.
 
     Attributes:
@@ -65,7 +65,7 @@ class Block:
         self._descriptor = -1  # `close` runs even if the file cannot be made
         self._descriptor = os.memfd_create(_NAME)
 
-    def fill(self, pieces: Sequence[bytes | memoryview]) -> Place:
+    def fill(self, pieces: Sequence[bytes | memoryview]) -> BlockPlace:
         """Replace the content by the given pieces, one after another, and return the place of the content.
 
         Raises:
@@ -84,7 +84,7 @@ class Block:
             rest = rest[done:]
             if written:
                 rest[0] = rest[0][written:]
-        return Place(os.getpid(), self._descriptor, mark, at - _MARK)
+        return BlockPlace(os.getpid(), self._descriptor, mark, at - _MARK)
 
     def shrink(self) -> None:
         """Give back the memory of a batch that was larger than the memory that is kept."""
@@ -101,7 +101,7 @@ class Block:
         self.close()
 
 
-def read(place: Place) -> memoryview | None:
+def read(place: BlockPlace) -> memoryview | None:
     """Return a copy of the content of a block, in memory from `memory_for`.
 
     ``None`` means that the block cannot be found from this process, or that it was filled again during the copy.

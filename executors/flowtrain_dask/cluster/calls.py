@@ -27,7 +27,7 @@ from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.worker import Reply
 from flowtrain_dask.lanes.transport import Abandoned, LaneContext
 
-__all__ = ["Calls", "ClusterLost", "Patience"]
+__all__ = ["ClusterCalls", "ClusterLost", "Timeouts"]
 
 _LOOK = 0.25
 """The most seconds of one wait for a reply."""
@@ -42,7 +42,7 @@ class ClusterLost(Exception):
 
 
 @dataclass
-class Patience:
+class Timeouts:
     """How long a call waits, in seconds.
 
     Attributes:
@@ -60,7 +60,7 @@ class Patience:
     attempts: int = 2
 
 
-class Calls:
+class ClusterCalls:
     """Makes the calls of one lane, one after another.
 
     Args:
@@ -70,9 +70,9 @@ class Calls:
         patience: How long a call waits.
     """
 
-    def __init__(self, connection: Connection, run: str, lane: str, patience: Patience | None = None) -> None:
+    def __init__(self, connection: Connection, run: str, lane: str, patience: Timeouts | None = None) -> None:
         self._connection = connection
-        self._patience = patience or Patience()
+        self._patience = patience or Timeouts()
         self._lane = lane
         # dask's dashboard groups and colours tasks by their keys up to the first "-" before a number.
         self._name = f"{lane.replace('-', '_')}@{run}"
@@ -123,7 +123,7 @@ class _Call:
         trouble: The last failure, as text.
     """
 
-    def __init__(self, connection: Connection, patience: Patience, key: str) -> None:
+    def __init__(self, connection: Connection, patience: Timeouts, key: str) -> None:
         self.failures = 0
         self.trouble = ""
         self._connection = connection

@@ -15,7 +15,8 @@ from dask import config
 from distributed import Client, LocalCluster, Nanny, Security
 from distributed.deploy.cluster import Cluster
 
-from flowtrain.errors import ExecutorError, is_a, raise_worst
+from flowtrain.errors import ExecutorError, raise_worst
+from flowtrain.errors.arguments import is_a
 from flowtrain_dask.cluster.connection import END_SECONDS, SHORT_LOG, Connection, make_client
 from flowtrain_dask.cluster.worker import leave_random_numbers_alone
 from flowtrain_dask.parallel.threads import Wake, start

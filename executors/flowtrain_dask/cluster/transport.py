@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError
-from flowtrain_dask.cluster.block import Block, Place, possible
+from flowtrain_dask.cluster.block import Block, BlockPlace, possible
 from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, load_state, shared_objects
-from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
+from flowtrain_dask.cluster.calls import ClusterCalls, ClusterLost, Timeouts
 from flowtrain_dask.cluster.codec import Encoded, dump_entries
 from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.worker import Assignment, Reply, different, versions
@@ -64,14 +64,14 @@ class ClusterTransport:
         connection: Connection,
         on_loss: OnLoss = "local",
         linger: float = 1.0,
-        patience: Patience | None = None,
+        patience: Timeouts | None = None,
     ) -> None:
         self.linger = self._linger = linger
         self._job = job
         self._callbacks = callbacks
         self._connection = connection
         self._on_loss = on_loss
-        self._calls = Calls(connection, job.run, job.lane, patience)
+        self._calls = ClusterCalls(connection, job.run, job.lane, patience)
         self._shared_objects = shared_objects(job, callbacks)
         self._packed_job = b""
         self._versions = versions()
@@ -265,7 +265,7 @@ class ClusterTransport:
         )
         return pickle.dumps(call)
 
-    def _put_into_block(self, events: Encoded) -> bytes | Place:
+    def _put_into_block(self, events: Encoded) -> bytes | BlockPlace:
         """Put events into the block and return the place; return the bytes if they are few or no worker finds it."""
         if self._same_machine and events.nbytes >= _BLOCK_FROM:
             try:

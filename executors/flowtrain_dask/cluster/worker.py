@@ -31,7 +31,7 @@ from distributed import get_worker
 
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError, text_of
-from flowtrain_dask.cluster.block import Place, read
+from flowtrain_dask.cluster.block import BlockPlace, read
 from flowtrain_dask.cluster.callback_state import build, dump_state, load_state
 from flowtrain_dask.cluster.codec import load_entries
 from flowtrain_dask.cluster.pickling import dumps, loads
@@ -110,7 +110,7 @@ class Assignment:
     job: bytes
     base: int
     state: bytes | None
-    entries: bytes | Place
+    entries: bytes | BlockPlace
     wants_state: bool
     timed: bool = False
 
@@ -238,8 +238,8 @@ _lock = threading.Lock()  # guards `_kept`: a worker may run several tasks at th
 def _reply_to(assignment: Assignment) -> Reply:
     if versions() != assignment.versions:
         return Reply("versions")
-    events: bytes | memoryview | Place | None = assignment.entries
-    if isinstance(events, Place):
+    events: bytes | memoryview | BlockPlace | None = assignment.entries
+    if isinstance(events, BlockPlace):
         events = read(events)
     if events is None:
         return Reply("not on this machine")

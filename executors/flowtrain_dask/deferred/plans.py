@@ -22,7 +22,7 @@ from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, Plan, PlannedHandler
 from flowtrain.graph.reach import Reach
-from flowtrain.state.random_numbers import Draws
+from flowtrain.state.random_numbers import CallbackSeeds
 from flowtrain_dask.deferred.placement import Placement
 from flowtrain_dask.deferred.policy import Deferral, name_of, why_here
 from flowtrain_dask.deferred.preparing import Options, job_of, transport_of
@@ -218,7 +218,12 @@ def _key(plan: Plan) -> PlanKey:
 
 
 def _snapshot_node(
-    placement: Placement, position: int, taker: Taker, shared: CopiesOfFiring | None, draws: Draws | None, name: str
+    placement: Placement,
+    position: int,
+    taker: Taker,
+    shared: CopiesOfFiring | None,
+    draws: CallbackSeeds | None,
+    name: str,
 ) -> Call:
     """Return the call that hands an event of a handler over to its lane.
 

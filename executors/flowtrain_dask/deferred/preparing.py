@@ -14,7 +14,9 @@ import torch
 
 from flowtrain.callback.access import Declaration
 from flowtrain.callback.callback import Callback
-from flowtrain.errors import CallbackError, ExecutorError, is_a, is_positive, nearest
+from flowtrain.errors import CallbackError, ExecutorError
+from flowtrain.errors.arguments import is_a, is_positive
+from flowtrain.errors.describing import nearest
 from flowtrain.graph.held_backends import LIVE, is_learner, reachable
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import owner_of

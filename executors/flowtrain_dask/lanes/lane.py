@@ -44,10 +44,7 @@ OnError = Literal["raise", "warn"]
 """What happens when a deferred handler fails; see `flowtrain_dask.executor.DaskExecutor`."""
 
 _logger = logging.getLogger("flowtrain")
-
-_POLL = 0.002
-"""Seconds between two looks at a condition that is waited for, at most: a wait begins with shorter ones. A signal would
-not end a wait for a lock on every system."""
+_POLL = 0.002  # seconds between two looks at a condition: a signal would not end a wait for a lock on every system
 
 
 class Lane:
@@ -58,8 +55,7 @@ class Lane:
         transport: Runs the batches. It is open already.
         limits: How many events, and how many bytes, may wait.
         threads: The threads that work on the lane.
-        raise_on_training_thread: Called with a callable that raises a failure, which the training thread is to call
-            soon.
+        raise_on_training_thread: Called with a callable that raises a failure, for the training thread to call soon.
         on_error: ``"raise"``, or ``"warn"``: a failure is logged, and the lane retires.
         stopping: Returns whether training is about to stop; then `put` no longer waits for room.
         clock: Returns the clock of the timeline that is written now; ``None`` without one.
@@ -67,7 +63,6 @@ class Lane:
         holds: Keeps the sinks of the lane open until it is closed, even if the learner is gone.
 
     Attributes:
-        job: The same.
         failure: The failure that the training thread is to raise.
         refuses: Whether the lane takes no events: it is closed or retired.
         given_up: Whether the last `wait` has ended before the events were done.
@@ -94,8 +89,7 @@ class Lane:
         self._raise_on_training_thread = raise_on_training_thread
         self._on_error: OnError = on_error
         self._stopping = stopping
-        # At half of the limit the lane stops lingering, so that training need not wait for room.
-        self._linger_events = max(1, min(linger_events, limits.pending // 2))
+        self._linger_events = max(1, min(linger_events, limits.pending // 2))  # so that training need not wait for room
         self._queue = EventQueue(limits, transport.largest)
         self._context = context = LaneContext(clock=clock)
         self._records = RecordWriter(job.backends, context.counts)

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from flowtrain.callback.callback import Callback
-from flowtrain.errors import ExecutorError, nearest, whole_number
+from flowtrain.errors import ExecutorError
+from flowtrain.errors.arguments import whole_number
+from flowtrain.errors.describing import nearest
 
 __all__ = ["Limits", "WhenFull", "check_droppable"]
 

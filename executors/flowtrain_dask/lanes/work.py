@@ -27,7 +27,7 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.errors import CancelException, raise_worst
-from flowtrain.graph.clock import IN_LANE, Clock, Mark, Track
+from flowtrain.graph.clock import IN_LANE, Clock, Mark, TimelineRow
 from flowtrain.graph.plan import Call, cancel_error
 from flowtrain.logging.backend import LoggerBackend
 from flowtrain.logging.records import Collector, Identity, collecting, deliver
@@ -36,7 +36,7 @@ from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.lanes.report import LaneCounts
 from flowtrain_dask.parallel.torch_state import TorchState
 from flowtrain_dask.snapshots.taker import Snapshot
-from flowtrain_dask.snapshots.view import Replica
+from flowtrain_dask.snapshots.view import SnapshotLearner
 
 __all__ = [
     "BatchResult",
@@ -271,7 +271,7 @@ def run_entries(
 
 
 def _handle(
-    entry: Entry, call: Call, replica: Replica, collected: AbstractContextManager[Collector], seeded: bool
+    entry: Entry, call: Call, replica: SnapshotLearner, collected: AbstractContextManager[Collector], seeded: bool
 ) -> tuple[list[tuple[int, bytes]], BaseException | None]:
     """Run a handler for an event, in the torch state of the event; return its records, and the exception if it failed.
 
@@ -309,11 +309,11 @@ def leave_stamps(clock: Clock, job: Job, entries: Sequence[Entry], result: Batch
         result: The result of the batch, with times.
         begin: When the batch was handed over, in ns of `time.perf_counter_ns`. Its result is there now.
     """
-    line = Track("", f"lane {job.lane}")
+    line = TimelineRow("", f"lane {job.lane}")
     where = {"worker": result.worker} if result.worker else {}
     batch = Mark("1 event" if result.done == 1 else f"{result.done} events", "lane", where)
     clock.add(batch, begin, time.perf_counter_ns(), line)
-    line = Track(f"worker {result.worker}", line.thread) if result.worker else line
+    line = TimelineRow(f"worker {result.worker}", line.thread) if result.worker else line
     for entry, times in zip(entries, result.times, strict=False):  # a batch may end early
         key = type(entry.event), type(entry.phase)
         clock.add(clock.measured.mark(key, job.handlers[entry.handler].label, IN_LANE), *times, line)
@@ -327,7 +327,7 @@ def opened(payload: Any) -> Any:
     return payload
 
 
-def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, Replica, int]]:
+def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, SnapshotLearner, int]]:
     replicas = _replicas(job)
     return [
         (each.handler.bind(callbacks[each.callback]), replica, each.callback)
@@ -335,14 +335,14 @@ def _bound(callbacks: Sequence[Callback], job: Job) -> list[tuple[Call, Replica,
     ]
 
 
-_made: WeakKeyDictionary[Job, list[Replica]] = WeakKeyDictionary()
+_made: WeakKeyDictionary[Job, list[SnapshotLearner]] = WeakKeyDictionary()
 """The replicas of each job, because binding their views takes longer than most handlers."""
 
 
-def _replicas(job: Job) -> list[Replica]:
+def _replicas(job: Job) -> list[SnapshotLearner]:
     found = _made.get(job)
     if found is None:
-        found = _made[job] = [Replica(each.declaration, each.owner) for each in job.handlers]
+        found = _made[job] = [SnapshotLearner(each.declaration, each.owner) for each in job.handlers]
     return found
 
 

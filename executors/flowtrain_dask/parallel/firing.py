@@ -35,7 +35,7 @@ from flowtrain_dask.parallel.strands import Strands
 from flowtrain_dask.parallel.threads import Wake, start
 from flowtrain_dask.parallel.torch_state import TorchState
 
-__all__ = ["POOL_CLOSED", "Failures", "Firing", "StrandPool", "TimedPlan"]
+__all__ = ["POOL_CLOSED", "Firing", "HandlerFailures", "StrandPool", "TimedPlan"]
 
 POOL_CLOSED = "This DaskExecutor is closed: its threads have ended. Give the learner a new one."
 
@@ -45,7 +45,7 @@ _LOOK = 0.05
 _START = 1.0
 """Seconds in which a thread that was just started begins to run, unless the system gives no further thread."""
 
-Failures: TypeAlias = list[tuple[PlannedHandler, Exception]]
+HandlerFailures: TypeAlias = list[tuple[PlannedHandler, Exception]]
 """The handlers that failed, in serial order, each with its exception."""
 
 
@@ -151,7 +151,7 @@ class Firing:
         while self._running:
             self._wakes[0].wait(_LOOK)
 
-    def finish(self, interrupt: BaseException | None = None) -> Failures:
+    def finish(self, interrupt: BaseException | None = None) -> HandlerFailures:
         """Return the failures in serial order; if there is an interrupt, raise it with the failures noted on it.
 
         Args:
@@ -199,7 +199,7 @@ class StrandPool:
         self._firing: Firing | None = None  # the one that runs, or one that was interrupted twice
         weakref.finalize(self, self._tasks.put, None).atexit = False
 
-    def fire(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> Failures:
+    def fire(self, plan: Plan, strands: Strands, event: Event, phase: Phase) -> HandlerFailures:
         """Run a plan on its strands and return the failures in serial order when every strand has ended.
 
         Args:
@@ -315,7 +315,7 @@ class TimedPlan:
         """Whether strands are running. An event that a handler fires meanwhile runs inline, on the handler's thread."""
         return self._pool.busy
 
-    def inline(self, event: Event, phase: Phase) -> tuple[list[float], Failures]:
+    def inline(self, event: Event, phase: Phase) -> tuple[list[float], HandlerFailures]:
         """Run the plan as the serial executor does.
 
         Returns:
@@ -327,7 +327,7 @@ class TimedPlan:
         plan, clock, processor = self.plan, self._clock, self._processor
         times: list[float] = []
         computed: list[float] = []
-        failures: Failures = []
+        failures: HandlerFailures = []
         lost = 0
         before, computed_before = clock(), processor()
         for position, planned in enumerate(plan.handlers):
@@ -350,7 +350,7 @@ class TimedPlan:
             self.waiting = frozenset(at for at, (took, busy) in pairs if busy < took / 2)
         return times, failures
 
-    def parallel(self, strands: Strands, event: Event, phase: Phase) -> tuple[float, Failures]:
+    def parallel(self, strands: Strands, event: Event, phase: Phase) -> tuple[float, HandlerFailures]:
         """Run the plan on strands.
 
         Returns:
@@ -368,7 +368,7 @@ class TimedPlan:
             self._site.requests.sort(key=lambda one: self._rank.get(one[0], len(self._rank)))
         return took, failures
 
-    def settle(self, failures: Failures, event: Event, phase: Phase) -> None:
+    def settle(self, failures: HandlerFailures, event: Event, phase: Phase) -> None:
         """Raise for the failures, if there are any, then fire the events that handlers asked for.
 
         The list of failures is emptied. An exception holds the frames that it went through, and these hold the list,

@@ -38,7 +38,8 @@ from flowtrain.callback.access import Declaration
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import PLAIN, Attribute, attributes, is_nested, rebuild, set_attributes
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.parameters import NamedTensors
 from flowtrain.state.series import Series

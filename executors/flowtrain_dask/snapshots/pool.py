@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from flowtrain.errors import whole_number
+from flowtrain.errors.arguments import whole_number
 
 __all__ = ["ALIGNMENT", "Pool", "aligned", "dense_strides"]
 

@@ -1,7 +1,7 @@
 """The view of a deferred handler: the same class of view as in place, bound to copies.
 
-A `Replica` has a learner's state of its own, to which the view is bound once. For each event it fills this state with
-the payload of a snapshot. So a handler reads the same paths as in place, and is refused the same ones.
+A `SnapshotLearner` has a learner's state of its own, to which the view is bound once. For each event it fills this
+state with the payload of a snapshot. So a handler reads the same paths as in place, and is refused the same ones.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from flowtrain.state.readonly import UNPROTECTED
 from flowtrain.state.views import bind_view
 from flowtrain_dask.snapshots.modules import OptimizerCopy
 
-__all__ = ["Replica"]
+__all__ = ["SnapshotLearner"]
 
 
-class Replica:
+class SnapshotLearner:
     """The learner as one deferred handler sees it.
 
     Args:

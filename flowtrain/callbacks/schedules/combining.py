@@ -18,7 +18,8 @@ from flowtrain.callbacks.schedules.schedule import (
     check_milestones,
     check_number,
 )
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 
 __all__ = ["per_epoch", "sequence", "swa_lr", "warmup"]
 

@@ -31,7 +31,8 @@ from typing import Any, Literal
 import torch
 
 from flowtrain.callbacks.schedules.schedule import Schedule, check_milestones, check_number
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 
 __all__ = ["constant", "cosine", "exponential", "from_torch", "one_cycle", "polynomial", "step"]
 

@@ -14,7 +14,8 @@ from typing import NamedTuple
 from flowtrain.callback.phases import Phase, ValidationPhase
 from flowtrain.callbacks.monitoring import Mode, check_monitor, direction
 from flowtrain.callbacks.schedules.schedule import check_number
-from flowtrain.errors import UsageError, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import whole_number
 
 __all__ = ["Plateau", "ReduceOnPlateau", "reduce_on_plateau"]
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, Literal, TypeAlias
 
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 
 __all__ = ["Schedule", "ScheduleLike", "as_schedule", "check_milestones", "check_number"]
 

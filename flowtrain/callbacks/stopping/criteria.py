@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 
 from flowtrain.callbacks.monitoring import Mode
 from flowtrain.callbacks.stopping.criterion import Criterion, check_positive
-from flowtrain.errors import UsageError, is_a, whole_number
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a, whole_number
 
 __all__ = ["InvalidValue", "NumberLimit", "NumberSinceBest", "Patience", "Threshold", "TimeLimit"]
 

@@ -21,7 +21,8 @@ from copy import deepcopy
 from typing import Any, ClassVar
 
 from flowtrain.callbacks.monitoring import Mode
-from flowtrain.errors import CheckpointError, UsageError, is_a, is_positive, whole_number
+from flowtrain.errors import CheckpointError, UsageError
+from flowtrain.errors.arguments import is_a, is_positive, whole_number
 
 __all__ = [
     "Criterion",

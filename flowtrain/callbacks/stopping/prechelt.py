@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from flowtrain.callbacks.stopping.criterion import Criterion, check_positive
-from flowtrain.errors import whole_number
+from flowtrain.errors.arguments import whole_number
 
 __all__ = ["GL", "PQ", "UP"]
 

@@ -25,7 +25,8 @@ from flowtrain.diagnostics.report.findings import (
     parts_of_step,
     text_of,
 )
-from flowtrain.errors import UsageError, is_a
+from flowtrain.errors import UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.graph.executor import Executor
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.training.checkpoint.reading import own_version

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from flowtrain.errors import CheckpointError
-from flowtrain.training.checkpoint.lock_file import NAME, SILENCE, Owner, read, take
+from flowtrain.training.checkpoint.lock_file import NAME, SILENCE, LockOwner, read, take
 
 __all__ = ["BEAT", "PATIENCE", "Folders", "check_owned"]
 
@@ -54,11 +54,11 @@ class _Lock:
     """
 
     folder: Path
-    owner: Owner
+    owner: LockOwner
     learner: Folders
     made: bool
     busy: bool = True
-    lost: Owner | None = None
+    lost: LockOwner | None = None
 
     @property
     def file(self) -> Path:
@@ -173,7 +173,7 @@ class Folders:
                 with _changing:
                     self._hold_here(Path(path))
                 if path not in _held:
-                    owner, made = Owner.here(), not os.path.exists(path)
+                    owner, made = LockOwner.here(), not os.path.exists(path)
                     _wait_for(Path(path), owner, PATIENCE if waits else 0.0)
                     with _changing:
                         _held[path] = _Lock(Path(path), owner, self, made)
@@ -223,7 +223,7 @@ class Folders:
             thread.end()
 
 
-def _wait_for(folder: Path, owner: Owner, patience: float) -> None:
+def _wait_for(folder: Path, owner: LockOwner, patience: float) -> None:
     """Take a folder, and wait for its present owner if there is one.
 
     Raises:
@@ -248,7 +248,7 @@ def _wait_for(folder: Path, owner: Owner, patience: float) -> None:
         ) from error
 
 
-def _in_use(folder: Path, other: Owner, patience: float) -> CheckpointError:
+def _in_use(folder: Path, other: LockOwner, patience: float) -> CheckpointError:
     stopped = "Wait until that process has ended"
     if other.is_near:
         with suppress(OSError):

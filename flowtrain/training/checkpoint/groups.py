@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from flowtrain.errors import CheckpointError, is_a
+from flowtrain.errors import CheckpointError
+from flowtrain.errors.arguments import is_a
 from flowtrain.training.checkpoint.attributes import without_compiled
 
 __all__ = ["ParameterGroups", "optimizer_name"]

@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]  # a module elsewhere
 
-__all__ = ["NAME", "SILENCE", "Owner", "read", "started", "take"]
+__all__ = ["NAME", "SILENCE", "LockOwner", "read", "started", "take"]
 
 NAME = ".in-use"
 """The name of the lock file."""
@@ -41,7 +41,7 @@ _SETTLE = 1.0
 
 
 @dataclass(frozen=True)
-class Owner:
+class LockOwner:
     """The process that a lock file names.
 
     Attributes:
@@ -62,7 +62,7 @@ class Owner:
     token: str = ""
 
     @classmethod
-    def here(cls) -> Owner:
+    def here(cls) -> LockOwner:
         """Return this process as an owner."""
         own = os.getpid()
         return cls(socket.gethostname(), _machine(), own, started(own), time.time(), secrets.token_hex(8))
@@ -116,7 +116,7 @@ def _machine() -> str:
     return " ".join(found)
 
 
-def take(folder: Path, owner: Owner) -> Owner | None:
+def take(folder: Path, owner: LockOwner) -> LockOwner | None:
     """Take a folder that nobody owns, or whose owner is dead; otherwise return the owner.
 
     Raises:
@@ -195,7 +195,7 @@ def _alone(folder: Path) -> Generator[bool | None]:
         os.close(opened)
 
 
-def read(lock: Path) -> tuple[Owner, float] | None:
+def read(lock: Path) -> tuple[LockOwner, float] | None:
     """Return the owner in a lock file and the time of its last sign of life; ``None`` if there is no such file.
 
     A file that is damaged, or of another version, has an owner without a name.
@@ -206,8 +206,8 @@ def read(lock: Path) -> tuple[Owner, float] | None:
     except FileNotFoundError:
         return None
     except (OSError, UnicodeDecodeError):
-        return Owner(), time.time()
+        return LockOwner(), time.time()
     try:
-        return Owner(**json.loads(text)), seen
+        return LockOwner(**json.loads(text)), seen
     except (ValueError, TypeError):
-        return Owner(), seen
+        return LockOwner(), seen

@@ -22,7 +22,8 @@ from typing import Any, Literal
 import torch
 
 from flowtrain.callback.view import POINTERS
-from flowtrain.errors import CheckpointError, UsageError, is_a
+from flowtrain.errors import CheckpointError, UsageError
+from flowtrain.errors.arguments import is_a
 from flowtrain.training.checkpoint.remote import Place, Remote, Unreachable, here, place
 from flowtrain.training.checkpoint.shard_files import put_together, with_shards
 

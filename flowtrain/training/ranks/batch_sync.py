@@ -51,7 +51,7 @@ _BATCH_END, _BACKWARD_END = BatchEnd(), BackwardEnd()
 
 
 class BatchSync:
-    """Synchronises the batches of one learner with those of the other ranks: a `Sync`.
+    """Synchronises the batches of one learner with those of the other ranks: a `StepSync`.
 
     Args:
         points: The sync points.
@@ -106,7 +106,7 @@ class BatchSync:
         self._points.begin(GRADIENTS if self.uses_replica(phase) else MESSAGE)
 
     def around(self, phase: Phase, step: Callable[[Any], None]) -> Callable[[Any], None]:
-        """See `Sync.around`: there is a sync point at the end of a step that has opened no batch, which has one."""
+        """See `StepSync.around`: there is a sync point at the end of a step that has opened no batch, which has one."""
         if isinstance(phase, AbstractValidationPhase):
             return step
 
@@ -119,7 +119,7 @@ class BatchSync:
         return run
 
     def begin(self, phase: AbstractTrainingPhase, update: Update) -> StepCalls:
-        """See `Sync.begin`."""
+        """See `StepSync.begin`."""
         points, replica = self._points, self._replica
         self.open_batch(phase)
         self._dispatch.met.clear()
@@ -170,12 +170,12 @@ class BatchSync:
         self.agree()
 
     def begin_own(self, phase: Phase) -> None:
-        """See `Sync.begin_own`."""
+        """See `StepSync.begin_own`."""
         if not isinstance(phase, AbstractValidationPhase):
             self._points.begin(MESSAGE)
 
     def end_own(self, phase: Phase) -> None:
-        """See `Sync.end_own`."""
+        """See `StepSync.end_own`."""
         if not isinstance(phase, AbstractValidationPhase):
             self.agree()
 
@@ -194,7 +194,7 @@ class BatchSync:
     def updating(
         self, phase: Phase, names: list[str], on: StepRunners, *, in_batch: bool
     ) -> tuple[Runner | None, Runner | None]:
-        """See `Sync.updating`. DDP has agreed and averaged in its backward pass."""
+        """See `StepSync.updating`. DDP has agreed and averaged in its backward pass."""
         if not (self.uses_replica(phase) and in_batch):
             following = self._points.next
             self._points.ask(updates=True)
@@ -230,7 +230,7 @@ class BatchSync:
                 self._points.late(cancel)
 
     def check_own_update(self, phase: Phase) -> None:
-        """See `Sync.check_own_update`."""
+        """See `StepSync.check_own_update`."""
         raise RankError(
             f"{phase!r} fires UpdateEnd, as a step that calls its optimizer itself. On several ranks that update "
             f"would use the gradients of one rank, and the models would differ. Write learner.update(self), which "
@@ -300,7 +300,7 @@ class BatchSync:
         self._points.fail(failure)
 
     def leave(self, phase: Phase, failure: BaseException) -> BaseException:
-        """See `Sync.leave`. Before the sync point of the batch, all ranks are told of the failure there."""
+        """See `StepSync.leave`. Before the sync point of the batch, all ranks are told of the failure there."""
         points, core, scopes = self._points, self._core, self._scopes
         if not points.known and self.uses_replica(phase):
             self._exchange_nothing(phase)

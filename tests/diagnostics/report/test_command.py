@@ -83,9 +83,7 @@ def test_a_missing_bokeh_ends_with_1(
         (["report", "a", "--t", "b"], "unrecognized arguments: --t b"),
     ],
 )
-def test_wrong_arguments_end_with_2(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments_end_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(arguments)
     assert ended.value.code == 2

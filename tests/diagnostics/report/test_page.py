@@ -122,9 +122,7 @@ def test_of_several_ranks_the_main_one_writes(tmp_path: Path) -> None:
 def test_a_path_that_is_none_is_refused(path: object) -> None:
     with pytest.raises(UsageError) as failure:
         untyped(tiny_learner()).report(path)
-    assert str(failure.value) == (
-        f"report({path!r}) takes the path of the file to write: write report('report.html')."
-    )
+    assert str(failure.value) == (f"report({path!r}) takes the path of the file to write: write report('report.html').")
 
 
 def test_a_path_that_cannot_be_written_is_refused_and_nothing_is_left(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flowtrain_dask.cluster.block import Block, Place, possible, read
+from flowtrain_dask.cluster.block import Block, BlockPlace, possible, read
 from tests.support.programs import Programs
 from tests.support.waiting import wait_for
 
@@ -22,13 +22,13 @@ def block() -> Iterator[Block]:
     made.close()
 
 
-def content(place: Place) -> bytes | None:
+def content(place: BlockPlace) -> bytes | None:
     """Return what is in a block, if that is found and whole."""
     memory = read(place)
     return None if memory is None else bytes(memory)
 
 
-def memory_of(place: Place) -> int:
+def memory_of(place: BlockPlace) -> int:
     """Return the bytes that a block of this process takes."""
     return os.fstat(place.descriptor).st_size
 
@@ -100,7 +100,7 @@ def test_copies_beside_a_writer_are_whole_or_refused(programs: Programs, tmp_pat
         seen: set[int] = set()
         refused = 0
         while len(seen) < 20 or not refused:
-            found = content(Place(*eval(newest.read_text())))
+            found = content(BlockPlace(*eval(newest.read_text())))
             refused += found is None
             if found is not None:
                 assert found.count(found[:1]) == len(found)

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from flowtrain.errors import ExecutorError
-from flowtrain_dask.cluster.calls import Calls, ClusterLost, Patience
+from flowtrain_dask.cluster.calls import ClusterCalls, ClusterLost, Timeouts
 from flowtrain_dask.cluster.connect import connect
 from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.worker import Assignment, Reply, versions
@@ -48,7 +48,7 @@ class Rig:
 
     def __init__(self, connection: Connection, run: str = "run", lane: str = "Summer", **patience: Any) -> None:
         self.connection = connection
-        self.calls = Calls(connection, run, lane, Patience(**patience))
+        self.calls = ClusterCalls(connection, run, lane, Timeouts(**patience))
         self.context = StoppedBy()
         self.context.gate = self  # type: ignore[assignment]  # it counts who enters
         self.asked: list[bool] = []

@@ -371,9 +371,22 @@ HOSTILE: list[tuple[str, Callable[[Any], bytes]]] = [
     *(
         (f"{name.rpartition('.')[2]} asks it", partial(asking, *name.rsplit(".", 1)))
         for name in (
-            "builtins.str", "builtins.int", "builtins.list", "builtins.dict", "builtins.bool", "builtins.range",
-            "builtins.complex", "builtins.bytes", "pathlib.PurePosixPath", "collections.Counter", "fractions.Fraction",
-            "datetime.date", "uuid.UUID", "torch.Tensor", "numpy.dtype", "flowtrain.state.learner_state.Named",
+            "builtins.str",
+            "builtins.int",
+            "builtins.list",
+            "builtins.dict",
+            "builtins.bool",
+            "builtins.range",
+            "builtins.complex",
+            "builtins.bytes",
+            "pathlib.PurePosixPath",
+            "collections.Counter",
+            "fractions.Fraction",
+            "datetime.date",
+            "uuid.UUID",
+            "torch.Tensor",
+            "numpy.dtype",
+            "flowtrain.state.learner_state.Named",
         )
     ),
     ("a size asks it", lambda kind: pickle_of(("torch", "Size"), b"(](", kind, b")\x81et", pickle.REDUCE)),

@@ -21,8 +21,8 @@ from flowtrain.logging.records import identity, log
 from flowtrain_dask.cluster import connection as connection_module
 from flowtrain_dask.cluster import transport as transport_module
 from flowtrain_dask.cluster import worker
-from flowtrain_dask.cluster.block import Block, Place, possible
-from flowtrain_dask.cluster.calls import Patience
+from flowtrain_dask.cluster.block import Block, BlockPlace, possible
+from flowtrain_dask.cluster.calls import Timeouts
 from flowtrain_dask.cluster.connect import connect
 from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.transport import ClusterTransport
@@ -217,7 +217,7 @@ def test_large_events_are_left_in_memory_for_workers_that_find_them(
             sent.append(len(blob))
         return blob
 
-    def misplace(self: Block, pieces: Any) -> Place:
+    def misplace(self: Block, pieces: Any) -> BlockPlace:
         return fill(self, pieces)._replace(process=2**22 + 1)  # as if it were on another machine
 
     monkeypatch.setattr(ClusterTransport, "_assignment", watch)
@@ -250,7 +250,7 @@ def test_where_there_is_no_memory_batches_are_sent(
     """Also where a block is full in the middle of a batch; the next batch is tried again."""
     fill, rest = Block.fill, iter([False, True, False])
 
-    def refuse(self: Block, pieces: Any) -> Place:
+    def refuse(self: Block, pieces: Any) -> BlockPlace:
         place = fill(self, pieces)
         if next(rest):
             raise OSError(28, "No space left on device")
@@ -330,7 +330,7 @@ def test_a_stopped_worker_is_not_waited_for(dask_processes: Any, folder: Path) -
     assert connection is not None
     backend = Memory()
     summer = Summer(backend, folder)
-    rig = Rig(connection, summer, patience=Patience(silent=2.0))
+    rig = Rig(connection, summer, patience=Timeouts(silent=2.0))
     rig.put(0, sleep=0.5)
     pids = dask_processes.pids()
     wait_for(lambda: at_work(folder) in pids)
@@ -386,8 +386,8 @@ def test_the_scheduler_dies(make_dask_processes: Callable[[], Any], folder: Path
     assert connection is not None
     backend, other = Memory(), Memory()
     local, strict = Summer(backend, folder, ballast=1_000_000), Summer(other, folder, "strict")
-    rig = Rig(connection, local, patience=Patience(away=0.5))
-    raising = Rig(connection, strict, patience=Patience(away=0.5), on_loss="raise")
+    rig = Rig(connection, local, patience=Timeouts(away=0.5))
+    raising = Rig(connection, strict, patience=Timeouts(away=0.5), on_loss="raise")
     for number in range(10):
         rig.put(number)
         rig.wait_for(number + 1)
@@ -422,7 +422,7 @@ def test_what_fails_in_the_replay_for_the_state_is_raised(
     connection = connect(processes.address, 60)
     assert connection is not None
     backend = Memory()
-    rig = Rig(connection, Summer(backend, folder, ballast=1_000_000), patience=Patience(away=0.5))
+    rig = Rig(connection, Summer(backend, folder, ballast=1_000_000), patience=Timeouts(away=0.5))
     for number in range(4):
         rig.put(number)
         rig.wait_for(number + 1)
@@ -469,7 +469,7 @@ def test_a_lane_goes_back_to_a_cluster_that_is_back(
     assert connection is not None
     backend = Memory()
     summer = Summer(backend, folder, ballast=ballast)
-    rig = Rig(connection, summer, patience=Patience(away=0.5))
+    rig = Rig(connection, summer, patience=Timeouts(away=0.5))
     for turn in range(3):
         for number in range(20 * turn, 20 * turn + 10):
             rig.put(number)
@@ -515,7 +515,7 @@ def test_a_cluster_that_is_back_with_other_versions_is_not_used(
     connection = connect(processes.address, 60)
     assert connection is not None
     backend = Memory()
-    rig = Rig(connection, Summer(backend, folder), patience=Patience(away=0.5))
+    rig = Rig(connection, Summer(backend, folder), patience=Timeouts(away=0.5))
     processes.kill_scheduler()
     rig.put(0)
     rig.wait_for(1)

@@ -15,7 +15,7 @@ from flowtrain.graph.plan import Failed, Plan
 from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.serial import SerialExecutor
 from flowtrain.testing import TinySite
-from flowtrain_dask.parallel.firing import Failures, StrandPool, TimedPlan
+from flowtrain_dask.parallel.firing import HandlerFailures, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import pack
 from flowtrain_dask.parallel.task_graph import direct_predecessors
 from tests.support.handlers import TIMEOUT, A, B, C, nothing
@@ -62,13 +62,13 @@ class Bench:
 
         return act
 
-    def inline(self) -> tuple[list[float], Failures]:
+    def inline(self) -> tuple[list[float], HandlerFailures]:
         return self.timed.inline(BatchEnd(), TrainingPhase())
 
-    def parallel(self) -> tuple[float, Failures]:
+    def parallel(self) -> tuple[float, HandlerFailures]:
         return self.timed.parallel(self.strands, BatchEnd(), TrainingPhase())
 
-    def settle(self, failures: Failures) -> None:
+    def settle(self, failures: HandlerFailures) -> None:
         self.timed.settle(failures, BatchEnd(), TrainingPhase())
 
 
@@ -76,7 +76,7 @@ def fail(learner: LearnerView) -> None:
     raise ValueError("broken")
 
 
-def names(failures: Failures) -> list[tuple[str, str]]:
+def names(failures: HandlerFailures) -> list[tuple[str, str]]:
     return [(planned.node.name, str(failure)) for planned, failure in failures]
 
 

@@ -30,7 +30,7 @@ from flowtrain.state.views import bind_view
 from flowtrain_dask.cluster.codec import decode, encode
 from flowtrain_dask.snapshots.pool import Pool
 from flowtrain_dask.snapshots.taker import Taker
-from flowtrain_dask.snapshots.view import Replica
+from flowtrain_dask.snapshots.view import SnapshotLearner
 from tests.support.examples import examples
 
 PATHS = (
@@ -166,7 +166,7 @@ def test_the_same_on_copies_as_in_place(declaration: Declaration, tail: bool) ->
     owner = Owner("Reader", "Reader", "state_access", declaration)
     state = make_state()
     taker = Taker(declaration, state, Pool(1 << 20), tail=tail)
-    replica = Replica(declaration, owner)
+    replica = SnapshotLearner(declaration, owner)
     views = []
     for _ in range(2):  # the second event fills the same view
         payload = taker.take().payload
@@ -183,7 +183,7 @@ def test_the_same_on_copies_as_in_place(declaration: Declaration, tail: bool) ->
 
 def test_a_handler_cannot_fire_events() -> None:
     declaration = declare({"batch.loss": Read()}, "me")
-    view = Replica(declaration, Owner("Reader", "Reader", "state_access", declaration)).show({})
+    view = SnapshotLearner(declaration, Owner("Reader", "Reader", "state_access", declaration)).show({})
     with pytest.raises(UsageError, match=r"Reader calls learner\.fire\(BatchEnd\(\)\), but it is deferrable"):
         view.fire(BatchEnd())
 
@@ -191,7 +191,7 @@ def test_a_handler_cannot_fire_events() -> None:
 def test_each_event_is_shown_by_itself() -> None:
     """What one event had and the next one has not is gone."""
     declaration = declare({"batch.loss": Read(optional=True), "cbstate.best": Read(optional=True)}, "me")
-    replica = Replica(declaration, Owner("Reader", "Reader", "state_access", declaration))
+    replica = SnapshotLearner(declaration, Owner("Reader", "Reader", "state_access", declaration))
     view = replica.show({("batch", "loss"): 1.0, ("cbstate", "best"): [1]})
     assert (view.batch.loss, list(view.cbstate.best)) == (1.0, [1])
     replica.show({("batch", "loss"): 2.0})

@@ -29,7 +29,7 @@ from flowtrain.testing import tiny_learner
 from flowtrain.training.checkpoint import folder_lock, lock_file
 from flowtrain.training.checkpoint.files import write_whole
 from flowtrain.training.checkpoint.folder_lock import Folders
-from flowtrain.training.checkpoint.lock_file import NAME, Owner, started, take
+from flowtrain.training.checkpoint.lock_file import NAME, LockOwner, started, take
 from tests.support.programs import Programs, Started, importing_the_same
 from tests.support.waiting import wait_for
 
@@ -245,7 +245,7 @@ def test_an_owner_on_another_machine_that_was_silent_for_a_minute_is_dead(tmp_pa
 
 @pytest.mark.parametrize("changed", [{"started": "another time"}, {"process": 2**22 + 1}])
 def test_the_number_of_a_dead_process_may_be_that_of_another(tmp_path: Path, changed: dict[str, object]) -> None:
-    owner = Owner.here()
+    owner = LockOwner.here()
     here = {"host": owner.host, "machine": owner.machine, "process": os.getpid(), "started": owner.started}
     of_elsewhere(tmp_path, silence=0, **{**here, **changed})
     tiny_learner(Checkpointer(tmp_path)).fit(1)
@@ -368,7 +368,7 @@ def test_a_fit_that_is_refused_leaves_no_folder_that_was_not_there(tmp_path: Pat
 def test_the_file_of_a_process_that_died_before_it_had_the_lock_is_removed(tmp_path: Path) -> None:
     """A process may be killed between the two: its file has no other name then."""
     alive, dead, elsewhere, damaged = (tmp_path / f"{NAME}.{name}.tmp" for name in ("a", "b", "c", "d"))
-    here = Owner.here()
+    here = LockOwner.here()
     alive.write_text(json.dumps(asdict(here)))
     dead.write_text(json.dumps(asdict(replace(here, started="0"))))
     elsewhere.write_text(json.dumps(asdict(replace(here, host="node17"))))

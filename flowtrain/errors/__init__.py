@@ -1,7 +1,8 @@
 """The errors that a user can cause, and the exceptions with which a handler ends a part of training.
 
-Every error says what is wrong, with names and values, why it is wrong, and what to write instead. The values in the
-message are also fields of the exception.
+Every error says what is wrong, with names and values, why it is wrong, and what to write instead. An error about
+declarations or ranks has the names and values as fields too, for a program that handles it. `arguments` has the checks
+of what users pass, and `describing` how messages describe their data.
 
 ::
 
@@ -9,7 +10,7 @@ message are also fields of the exception.
     ├── AccessError                a declaration with an unknown path, `Read` without parentheses, or the like
     ├── ProtectedException         a handler touched state that it does not declare
     ├── UndeclaredWriteError       strict mode: a handler changed state that it does not declare to write
-    ├── HandlerError               a handler with two `on`, with wrong parameters, or that can never run
+    ├── HandlerError               a handler with two ``on``, with wrong parameters, or that can never run
     │   └── AmbiguousHandlerError  two handlers of one callback fit an event equally well
     ├── CallbackError              a list of callbacks with a class, a duplicate or an unknown name in it
     ├── WriteConflictError         two callbacks write the same state, and nothing orders them
@@ -37,14 +38,8 @@ continues after that part. When several handlers of one event fail, one exceptio
 from __future__ import annotations
 
 import copyreg
-import difflib
-import inspect
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Integral, Real
-from typing import Any, ClassVar, cast
-
-import torch
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 __all__ = [
     "AccessError",
@@ -74,18 +69,9 @@ __all__ = [
     "UndeclaredWriteError",
     "UsageError",
     "WriteConflictError",
-    "describe",
-    "is_a",
-    "is_positive",
-    "is_type",
-    "is_whole",
     "merge",
-    "nearest",
     "raise_worst",
-    "runs_nothing",
-    "switch",
     "text_of",
-    "whole_number",
 ]
 
 
@@ -261,87 +247,6 @@ class UsageError(FlowtrainError):
     """A call comes at the wrong moment, or has an argument with a wrong value."""
 
 
-def is_a(value: object, kind: type | tuple[type, ...]) -> bool:
-    """Tell whether an argument of a user has the type of its annotation.
-
-    Type checkers take an annotation for proof, and would report a plain ``isinstance`` as always true.
-    """
-    return isinstance(value, kind)
-
-
-def is_positive(value: object) -> bool:
-    """Tell whether an argument of a user is a number above zero that a ``float`` can hold, and not a ``bool``."""
-    return not is_a(value, bool) and isinstance(value, Real) and 0 < cast("float", value) <= sys.float_info.max
-
-
-def is_whole(value: object) -> bool:
-    """Tell whether an argument of a user is an integer, also one of NumPy, but neither ``True`` nor ``2.0``."""
-    return type(value) is int or (is_a(value, Integral) and not is_a(value, bool))
-
-
-def whole_number(what: str, value: object, least: int = 1, error: type[FlowtrainError] = UsageError) -> int:
-    """Return an argument of a user as an ``int``, if it is a whole number (`is_whole`) that is large enough.
-
-    Args:
-        what: The name of the argument, for the message.
-        value: The argument.
-        least: The smallest number that is allowed.
-        error: The type of the error to raise.
-
-    Raises:
-        FlowtrainError: The argument is no whole number, or is below `least`.
-
-    >>> whole_number("Every(): n", 2.0)
-    Traceback (most recent call last):
-    flowtrain.errors.UsageError: Every(): n is a whole number, at least 1, got 2.0.
-    """
-    if not is_whole(value) or (number := int(cast("int", value))) < least:  # an integer of NumPy becomes an `int`
-        raise error(f"{what} is a whole number, at least {least}, got {value!r}.")
-    return number
-
-
-def switch(call: str, name: str, value: object, error: type[FlowtrainError] = UsageError) -> bool:
-    """Return an argument of a user that is ``True`` or ``False``: any other value, as ``"no"``, would count as true.
-
-    Args:
-        call: The name of the class or function that was called, for the message.
-        name: The name of the argument.
-        value: The argument.
-        error: The type of the error to raise.
-
-    Raises:
-        FlowtrainError: The argument is neither ``True`` nor ``False``.
-
-    >>> switch("EMA", "buffers", "no")
-    Traceback (most recent call last):
-    flowtrain.errors.UsageError: EMA(buffers='no'): buffers is True or False.
-    """
-    if value is not True and value is not False:
-        raise error(f"{call}({name}={value!r}): {name} is True or False.")
-    return value
-
-
-def runs_nothing(function: object) -> bool:
-    """Tell whether a call of a function of a user runs none of its code, since it has ``async`` or ``yield`` in it."""
-    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-    return any(kind(function) for kind in kinds)
-
-
-def is_type(value: object, base: type) -> bool:
-    """Tell whether an argument of a user is a type, and `base` or a subclass of it."""
-    return isinstance(value, type) and issubclass(value, base)
-
-
-def nearest(name: object, known: Iterable[object]) -> str:
-    """Return ``" Did you mean 'x'?"`` with the known name closest to `name`, or an empty text if none is close.
-
-    >>> nearest("outptus", ["inputs", "outputs"])
-    " Did you mean 'outputs'?"
-    """
-    matches = difflib.get_close_matches(str(name), map(str, known), n=1, cutoff=0.5)  # a key may be a number
-    return f" Did you mean {matches[0]!r}?" if matches else ""
-
-
 class CancelException(Exception):
     """Base of the exceptions that end a part of training on purpose.
 
@@ -426,25 +331,3 @@ def raise_worst(failures: list[BaseException], *ends: type[BaseException]) -> No
             raise worst
     finally:
         del worst
-
-
-def describe(value: Any, depth: int = 3) -> str:
-    """Describe a piece of data for a message: its type, with shape and dtype, or with its length and first parts.
-
-    Args:
-        value: The piece of data.
-        depth: How many containers within one another are described with their parts; the data may hold itself.
-
-    >>> describe(torch.zeros(2, 3))
-    'Tensor of shape (2, 3), float32'
-    """
-    if isinstance(value, torch.Tensor) and value.is_nested:  # torch raises an error for the shape of some of these
-        return f"nested {type(value).__name__} of {value.size(0)} tensors, {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, torch.Tensor) or all(hasattr(value, name) for name in ("__array__", "shape", "dtype")):
-        return f"{type(value).__name__} of shape {tuple(value.shape)}, {str(value.dtype).removeprefix('torch.')}"
-    if isinstance(value, Mapping):
-        return f"{type(value).__name__} with keys {', '.join(repr(key) for key in list(value)[:6])}"
-    if isinstance(value, (tuple, list)):
-        parts = [describe(part, depth - 1) for part in value[:3] if depth] + ["..."] * (len(value) > 3)
-        return f"{type(value).__name__} of {len(value)}" + (f": {', '.join(parts)}" if parts else "")
-    return f"{type(value).__name__} {value!r:.60}"
