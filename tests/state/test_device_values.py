@@ -98,8 +98,8 @@ def test_the_newest_value_is_given_without_waiting() -> None:
 def test_what_is_taken_back_is_gone_and_the_rest_is_whole(count: int, cut: int) -> None:
     series = late_series(count)
     series.__rewind__(min(cut, count))
-    series.push(torch.tensor(-1.0), -1)
-    assert list(series) == [*((step, float(step)) for step in range(min(cut, count))), (-1, -1.0)]
+    series.push(torch.tensor(-1.0), count)
+    assert list(series) == [*((step, float(step)) for step in range(min(cut, count))), (count, -1.0)]
 
 
 READS: dict[str, Callable[[Series], Any]] = {

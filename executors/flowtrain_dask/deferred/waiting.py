@@ -145,9 +145,10 @@ def _entries(rows: Any, handlers: int) -> Sequence[Entry]:
     Raises:
         ValueError: They are no events.
     """
-    if type(rows) is not list or any(type(row) is not tuple or len(row) != len(Entry._fields) for row in rows):
+    saved = Entry._fields.index("torch")  # the fields before this one are in the file
+    if type(rows) is not list or any(type(row) is not tuple or len(row) < saved for row in rows):
         raise ValueError("they are no events")
-    entries = [Entry(*row) for row in rows]
+    entries = [Entry(*row[:saved]) for row in rows]
     for each in entries:
         numbers = each.sequence, each.handler, each.nbytes, each.total, each.seed or 0
         if any(type(number) is not int for number in numbers) or not 0 <= each.handler < handlers:

@@ -205,7 +205,7 @@ def test_each_event_sees_what_was_there(events: list[list[Push]], batch: int, la
         wanted.append({(phase, name): list(series) for phase in metrics for name, series in metrics[phase].items()})
         cuts.append(taken(metrics, here))
         tails.append(taken(metrics, there))
-    metrics[TrainingPhase].push("a", -1.0, -1)  # nobody sees what comes later
+    metrics[TrainingPhase].push("a", -1.0, step + 1)  # nobody sees what comes later
     for expected, cut in zip(wanted, map(shown, cuts), strict=True):
         assert {(phase, name): list(cut[phase][name]) for phase in cut for name in cut[phase]} == expected
     found = [one for start in range(0, len(tails), batch) for one in sent(tails[start : start + batch])]
