@@ -50,6 +50,7 @@ class AskAll(Ask):
     """Requests a checkpoint on every rank, as all of them must."""
 
     ranks = "every"
+    may_checkpoint = True
 
 
 class Starts(Callback):

