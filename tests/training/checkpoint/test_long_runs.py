@@ -45,6 +45,7 @@ from tests.support.logs import log_records
 
 WAIT = 20  # the calls of waiting for the writer of the checkpoint before, which may have ended
 
+
 def calls_of(learner: Learner) -> list[int]:
     """Return a list that gets the number of calls that each checkpoint makes on the training thread."""
     found: list[int] = []
