@@ -42,8 +42,7 @@ class SanityCheck(Callback):
 
     - data: there is a batch, it is a pair, its numbers are finite, and there are as many targets as inputs;
     - model: it runs, and its outputs are finite;
-    - targets: they have the dtype and the range that torch's `cross_entropy`, `nll_loss` and binary cross entropies
-      need;
+    - targets: they have the dtype and range that torch's `cross_entropy`, `nll_loss` and binary cross entropies need;
     - loss: it is a single finite number, in training it has a graph whose backward pass runs, and it does not broadcast
       outputs and targets of different shapes, such as ``(16, 1)`` and ``(16,)``, to a common shape;
 

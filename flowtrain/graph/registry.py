@@ -53,7 +53,7 @@ from flowtrain.graph.nodes import (
     within,
 )
 from flowtrain.graph.order import order_event, order_setup
-from flowtrain.graph.plan import Call, Plan, PlannedHandler, make_plan, owner_of, set_up
+from flowtrain.graph.plan import Call, Plan, PlanKey, PlannedHandler, make_plan, owner_of, set_up
 from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
@@ -67,7 +67,6 @@ __all__ = [
 ]
 
 _ABSTRACT = (Phase, AbstractTrainingPhase, AbstractValidationPhase)  # no epoch runs in one of these
-_Key = tuple[type[Event], type[Phase]]
 _Accept: TypeAlias = Callable[[Sequence[Node], LearnerState], None]
 
 
@@ -107,10 +106,10 @@ class Callbacks(Sequence[Callback]):
         self._peers = peers
         self._resolver = Resolver()
         self._reach = Reach(state)
-        self._plans: dict[_Key, Plan] = {}
+        self._plans: dict[PlanKey, Plan] = {}
         # Three caches: most events are handled by the same handlers in every phase, and many callbacks share a type.
         self._orders: dict[tuple[Any, ...], Order] = {}
-        self._participants: dict[_Key, list[tuple[Node, Handler]]] = {}
+        self._participants: dict[PlanKey, list[tuple[Node, Handler]]] = {}
         self._dispatch: dict[tuple[Any, ...], Handler | None] = {}
         self._notes: Callable[[Plan], str] = lambda plan: ""
         self._costs: Callable[[Plan], Mapping[int, float]] = lambda plan: {}
@@ -151,7 +150,7 @@ class Callbacks(Sequence[Callback]):
         return to_networkx(self._nodes, {key: self._known[key] for key in self.known})
 
     @property
-    def known(self) -> list[_Key]:
+    def known(self) -> list[PlanKey]:
         """The pairs of an event type and a phase type that have handlers, in the order in which a fit fires them."""
         return [key for key, order in self._known.items() if order.nodes]
 
@@ -262,17 +261,17 @@ class Callbacks(Sequence[Callback]):
         return tuple(node for node in self._nodes if runs_here(node, self._peers))
 
     def check_requests(self, names: Iterable[str]) -> None:
-        """Check that several ranks know of the callbacks of these names, which have requested a checkpoint, before.
+        """Check that callbacks of these names, which request a checkpoint on several ranks, say that they may.
 
         Raises:
-            RankError: One of them does not say that it may request one.
+            RankError: One of them does not.
         """
         for node in self._nodes if self._peers is not None else ():
             if node.name in names and not node.callback.may_checkpoint:
                 raise RankError(
                     f"{node.name} requests a checkpoint, in which all ranks take part, and does not say so. Set "
-                    f"may_checkpoint = True in the class: its handlers then run on every rank, which compare what they "
-                    f"request, so that no rank waits for one that requests nothing."
+                    f"may_checkpoint = True in the class: its handlers then run on every rank, and ranks compare what "
+                    f"they request, so that no rank waits for one that requests nothing."
                 )
 
     def describe(self) -> Description:
@@ -349,7 +348,7 @@ class Callbacks(Sequence[Callback]):
         check_exchange_events(event, phase, self._orders[key], self._peers)
         return self._orders[key]
 
-    def _pairs(self) -> Iterator[_Key]:
+    def _pairs(self) -> Iterator[PlanKey]:
         """Yield the known pairs of an event type and a phase type, in the order in which a fit fires them."""
         yield FitBegin, Phase
         for phase in self._phases:

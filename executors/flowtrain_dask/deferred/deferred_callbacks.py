@@ -16,12 +16,11 @@ from typing import Any
 from flowtrain.errors import ExecutorError, raise_worst
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Plan
+from flowtrain.graph.plan import Plan, PlanKey
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.plans import Placements
 from flowtrain_dask.deferred.policy import Deferral, decide
 from flowtrain_dask.deferred.preparing import Defer, Options, check_options, validate
-from flowtrain_dask.deferred.race import PlanKey
 from flowtrain_dask.deferred.shutdown import Teardown
 from flowtrain_dask.deferred.waiting import finish, saved
 from flowtrain_dask.lanes.lane_set import LaneSet

@@ -45,8 +45,8 @@ from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Call
-from flowtrain_dask.deferred.race import CallTimes, PlanKey, Race, Turn
+from flowtrain.graph.plan import Call, PlanKey
+from flowtrain_dask.deferred.race import CallTimes, Race, Turn
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.report import PlaceReport
 from flowtrain_dask.parallel.decision import HOLD_FACTOR, LEAST_GAIN, in_ms

@@ -20,13 +20,13 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
-from flowtrain.graph.plan import Call, Plan, PlannedHandler
+from flowtrain.graph.plan import Call, Plan, PlanKey, PlannedHandler
 from flowtrain.graph.reach import Reach
 from flowtrain.state.random_numbers import CallbackSeeds
 from flowtrain_dask.deferred.placement import Placement
 from flowtrain_dask.deferred.policy import Deferral, name_of, why_here
 from flowtrain_dask.deferred.preparing import Options, job_of, transport_of
-from flowtrain_dask.deferred.race import PlanKey, Turn
+from flowtrain_dask.deferred.race import Turn
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.lane_set import LaneSet
 from flowtrain_dask.lanes.report import PlaceReport

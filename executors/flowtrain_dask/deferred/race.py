@@ -10,23 +10,19 @@ from __future__ import annotations
 import math
 import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 from weakref import WeakSet
 
-from flowtrain.callback.events import Event
-from flowtrain.callback.phases import Phase
+from flowtrain.graph.plan import PlanKey
 from flowtrain_dask.parallel.decision import CLEAR, LEAST_GAIN, is_faster
 
 if TYPE_CHECKING:
     from flowtrain_dask.deferred.placement import Placement
 
-__all__ = ["CallTimes", "PlanKey", "Race", "Turn"]
+__all__ = ["CallTimes", "Race", "Turn"]
 
 _IN_LANES = (False, True, True, False)
 """Whether each of four rounds of a race is in the lanes. In this order a steady change of speed favours neither way."""
-
-PlanKey: TypeAlias = tuple[type[Event], type[Phase]]
-"""The event type and phase type of a plan."""
 
 
 @dataclass

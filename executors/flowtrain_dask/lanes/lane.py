@@ -304,8 +304,7 @@ class Lane:
         """Give the callbacks of this process a state, while the lane stands still.
 
         Returns:
-            The events that this state has not seen, and how many of them, the first ones, have their records in the
-            sinks already.
+            The events that this state has not seen, and how many of the first of them have their records in the sinks.
         """
         seen = self._transport.settle()
         return [*seen, *self._queue.waiting()], sum(entry.sequence < self._records.next for entry in seen)

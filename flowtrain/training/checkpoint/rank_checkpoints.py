@@ -27,7 +27,7 @@ from flowtrain.callback.view import NO_REQUEST, CheckpointRequest
 from flowtrain.core.replica import Replica
 from flowtrain.core.world import World
 from flowtrain.data.rank_batches import fingerprint
-from flowtrain.errors import CheckpointError, RankError, RemoteError
+from flowtrain.errors import CheckpointError, RankError, RemoteError, text_of
 from flowtrain.graph.plan_texts import Description, first_difference
 from flowtrain.state.learner_state import LearnerState, by_name
 from flowtrain.training.checkpoint.files import Writer, save, write_whole
@@ -198,7 +198,7 @@ class RankParts:
         with failures:
             yield
         assert self._writers is not None
-        reasons = self._writers.exchange("; ".join(f"{type(failure).__name__}: {failure}" for failure in failures))
+        reasons = self._writers.exchange("; ".join(map(text_of, failures)))
         failures.raise_worst()
         if any(reasons):
             raise CheckpointError("; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason))
@@ -245,7 +245,7 @@ def _reason(failure: BaseException | None) -> str:
     """Return the failure of a rank for the others; the text of an error of checkpoints alone, empty without one."""
     if failure is None or isinstance(failure, CheckpointError):
         return "" if failure is None else str(failure)
-    return f"{type(failure).__name__}: {failure}"
+    return text_of(failure)
 
 
 def _described(request: CheckpointRequest) -> str:

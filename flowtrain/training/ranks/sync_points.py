@@ -41,6 +41,7 @@ from flowtrain.errors import (
     RankError,
     RemoteError,
     merge,
+    text_of,
 )
 from flowtrain.training.failures import Failures
 
@@ -355,5 +356,5 @@ def _worst(sums: Sequence[int]) -> int:
 def _text(failure: BaseException) -> str:
     """Return a failure as one line, with where it was raised."""
     notes = "; ".join(getattr(failure, "__notes__", ()))
-    text = f"{type(failure).__name__}: {failure}" if str(failure) else type(failure).__name__
+    text = text_of(failure).removesuffix(": ")  # a failure without a text
     return f"{text} ({notes})" if notes else text
