@@ -252,7 +252,7 @@ class Learner:
         self.loop.checkpoints.writer.wait()
 
     def close(self) -> None:
-        """Flush and close the executor and the logging backends; the learner can still be read, until it is dropped."""
+        """Flush and close the executor and the logging backends. The learner can still be read."""
         self._calls.close(None, self._let_go)
 
     def _let_go(self) -> None:

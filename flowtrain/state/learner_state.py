@@ -140,8 +140,9 @@ class State(Container, _Namespace):
             return
         if (isinstance(there, Container) and not isinstance(there, State)) or hasattr(there, "load_state_dict"):
             raise CheckpointError(
-                f"{self._path}.{name} is a {type(there).__name__} in this learner, and of the kind {kind!r} in the "
-                f"checkpoint. Load it with the callbacks that it was written with, or give the entry another name."
+                f"{self._path}.{name} is a {type(there).__name__} in this learner, and in the checkpoint of the kind "
+                f"{kind!r}. Load the checkpoint with the callbacks that it was written with, or give the entry another "
+                f"name."
             )
         if kind == "object":  # a handler makes the object later, or it is that of a callback that the learner lacks
             self.__saved__[name] = content

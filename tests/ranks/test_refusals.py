@@ -130,8 +130,8 @@ def test_a_checkpoint_that_the_main_rank_alone_requests_is_refused(ranks: Ranks,
     assert one.error is not None
     assert one.error.text == (
         "Asks requests a checkpoint, in which all ranks take part, and does not say so. Set may_checkpoint = True in "
-        "the class: its handlers then run on every rank, which compare what they request, so that no rank waits for "
-        "one that requests nothing."
+        "the class: its handlers then run on every rank, and ranks compare what they request, so that no rank waits "
+        "for one that requests nothing."
     )
 
 

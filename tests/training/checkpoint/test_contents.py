@@ -592,7 +592,7 @@ def test_entries_of_two_kinds_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         learner.load(tmp_path)
     assert str(raised.value).endswith(
-        "cbstate.counter is a Counter in this learner, and in the checkpoint it is of the kind 'value'. Load the "
-        "checkpoint with the callbacks that it was written with, or give the entry another name."
+        "cbstate.counter is a Counter in this learner, and in the checkpoint of the kind 'value'. Load the "
+            "checkpoint with the callbacks that it was written with, or give the entry another name."
     )
     assert learner.cbstate.counter.number == 0
