@@ -132,6 +132,7 @@ def test_values_come_back(value: Any) -> None:
     ],
     ids=["transposed", "strided", "requires_grad", "parameter", "conjugate", "empty", "sparse", "bfloat16"],
 )
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")  # torch 2.14 says that this takes time
 def test_tensors_come_back(tensor: torch.Tensor) -> None:
     found = through([tensor, tensor])
     assert found[0] is found[1]
