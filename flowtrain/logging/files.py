@@ -363,16 +363,19 @@ class FileBackend(LoggerBackend):
 
 
 def warn_of_others(backend: Any, before: str) -> None:
-    """Warn of records of another run, where a run begins anew.
+    """Warn of records that this run does not continue, after which its own records come.
+
+    They are of another run, or of a process that was killed before a checkpoint had a position in this log.
 
     Args:
         backend: The backend, which has a `path`.
-        before: A description of the records of other runs, such as ``"90 bytes"``; empty if there is nothing.
+        before: A description of the records, such as ``"90 bytes"``; empty if there is nothing.
     """
     if before:
         warnings.warn(
-            f"{backend.path} already has {before} of another run, and this run begins anew: its records come after "
-            f"those. Write fit(..., resume=...) to continue the other run, log this one to a path of its own, or write "
+            f"{backend.path} already has {before} of another run or of a killed process, and this fit has no "
+            f"checkpoint that continues them: its records come after those. Write fit(..., resume=...) with a "
+            f"checkpoint of the other run to continue it, log this one to a path of its own, or write "
             f"{type(backend).__name__}(..., append=True).",
             UserWarning,
             stacklevel=3,

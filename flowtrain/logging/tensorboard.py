@@ -16,6 +16,7 @@ import os
 import struct
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -67,7 +68,7 @@ class TensorBoardBackend(LoggerBackend):
         by_phase: ``False`` writes all records into `path` itself, with the phase in the tag, such as
             ``Epoch/TrainingPhase/Loss``. A resumed run that has begun so continues so in any case.
         append: Whether the folder may have event files of another run, whose curves TensorBoard joins with these.
-            Otherwise training begins with a warning of them.
+            Otherwise a fit begins with a warning of them, also one that resumes.
 
     Raises:
         LoggingError: `path` is no path, or `append` is not ``True`` or ``False``.
@@ -109,9 +110,8 @@ class TensorBoardBackend(LoggerBackend):
             return
         needed("tensorboard.compat.proto.event_pb2", "TensorBoardBackend", "tensorboard")
         self._try_folder()
-        if not self.append and not run.resumed and run.id != self._opened:
-            others = [each for each in self._event_files() if f".{run.id}." not in f"{os.path.basename(each)}."]
-            warn_of_others(self, f"{len(others)} event file{'s' * (len(others) > 1)}" if others else "")
+        if not self.append and run.id != self._opened:
+            self._warn_of_others(run)
         self._opened = run.id
         for folder in self._folders():
             self._file_of(folder)
@@ -214,6 +214,21 @@ class TensorBoardBackend(LoggerBackend):
         return glob.glob(here) + [
             path for path in inside if path.endswith(f".{os.path.basename(os.path.dirname(path))}")
         ]
+
+    def _warn_of_others(self, run: Run) -> None:
+        """Warn of event files of other runs, whose curves TensorBoard joins with those of this run."""
+        others = [each for each in self._event_files() if f".{run.id}." not in f"{os.path.basename(each)}."]
+        files = f"{len(others)} event file{'s' * (len(others) > 1)}"
+        if others and run.resumed:
+            warnings.warn(
+                f"{self.path} has {files} of another run beside those of the run that this fit resumes, and "
+                f"TensorBoard joins their curves: {os.path.relpath(others[0], self.path)}. Move the files that you do "
+                f"not want to see to another folder, or write {type(self).__name__}(..., append=True).",
+                UserWarning,
+                stacklevel=3,
+            )
+        elif others:
+            warn_of_others(self, files)
 
     def _found(self, folder: str) -> list[str]:
         """Return the paths of the event files of the run in one of its folders."""

@@ -18,7 +18,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -84,8 +84,12 @@ class Sinks:
                 unused[sink] = opened
         self._close(unused)
 
-    def open(self) -> None:
+    def open(self, continued: Collection[str] | None = None) -> None:
         """Open the backends that are not open yet. Training has not begun when this raises.
+
+        Args:
+            continued: The sinks in which an earlier run is continued; all by default. A run that resumes begins anew in
+                every other one, which its checkpoint does not know.
 
         Raises:
             LoggingError: Another learner has a backend open. A backend that cannot be opened raises its own error.
@@ -98,7 +102,8 @@ class Sinks:
         def begin(backend: LoggerBackend) -> None:
             """Open a backend for this learner."""
             _check_free(backend, self.lease)
-            self._change(backend, partial(self._begin, backend, run))
+            known = continued is None or backend.sink in continued
+            self._change(backend, partial(self._begin, backend, run if known else replace(run, resumed=False)))
 
         try:
             _each(new, "opened", begin)
@@ -150,7 +155,7 @@ class Sinks:
 
         Args:
             run: The earlier run.
-            positions: The positions by sink. A sink without a position is opened where it stands.
+            positions: The positions by sink. In a sink without a position the run begins anew, after what it has.
 
         Raises:
             LoggingError: A backend is open for another learner, or its sink has changed since the checkpoint.
@@ -158,7 +163,7 @@ class Sinks:
         self.close()
         before, self.run = self.run, run
         try:
-            self.open()
+            self.open(continued=positions.keys())
             known = {sink: used for sink, used in self._open.items() if sink in positions}
             # All are asked before one is changed: otherwise a refusal would come when records of others are gone.
             _each(known, "compared with a checkpoint", lambda backend: backend.check(positions[backend.sink]))

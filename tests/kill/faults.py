@@ -245,10 +245,17 @@ def _with_bad_disk(place: Path, where: str, process: int) -> int:
     """Let the file system of a folder fail until the training has ended, and then make it work again.
 
     If everything is deleted, the folder with all logs and checkpoints, it stays so: the training begins anew.
+
+    A training that finds no folder is told that it begins another run beside the records of the first one, and its
+    checkpoints go when the folder comes back. Its records in files go when the first run resumes, to the position of
+    the checkpoint; its event files would stay beside those of the first run, with a warning, and are deleted here. If
+    the folder comes back without a checkpoint, nothing continues the logs either, so they are deleted with it.
     """
     away, filler = place.with_name("away"), place / "filler"
+    known = set[Path]()
     if where == "no folder" and place.exists():
         shutil.move(place, away)
+        known = _event_files(place)
     elif where == "deleted":
         _delete(place)
     while True:
@@ -265,12 +272,22 @@ def _with_bad_disk(place: Path, where: str, process: int) -> int:
         if place.exists():
             shutil.rmtree(place)
         shutil.move(away, place)
+        if (place / "latest").exists():
+            for each in _event_files(place) - known:
+                each.unlink()
+        else:
+            _delete(place)
     elif where == "deleted":
         _delete(place)
     elif where == "read-only":
         _mount("-o", "remount,rw", str(place))
     filler.unlink(missing_ok=True)
     return os.waitstatus_to_exitcode(status)
+
+
+def _event_files(checkpoints: Path) -> set[Path]:
+    """Return the event files of TensorBoard that the runs with this folder of checkpoints have made."""
+    return set(checkpoints.with_name("logs").rglob("*tfevents*"))
 
 
 def _delete(checkpoints: Path) -> None:

@@ -289,7 +289,7 @@ def test_a_second_run_is_told_when_its_fit_begins(kind: type[FileBackend], tmp_p
     made("log").fit(3, resume="auto")
     learner, batches = made("log"), list[int]()
     learner.add_callback(CustomCallback(lambda learner: batches.append(1), BatchEnd))
-    text = r"log already has .* of another run, and this run begins anew: .* Write fit\(\.\.\., resume=\.\.\.\) to cont"
+    text = r"log already has .* of another run or of a killed .*: its records come .* Write fit\(\.\.\., resume="
     with pytest.raises(UserWarning, match=text):
         learner.fit(1)
     assert batches == []
@@ -297,6 +297,24 @@ def test_a_second_run_is_told_when_its_fit_begins(kind: type[FileBackend], tmp_p
     made("log", append=True).fit(1)
     shutil.rmtree(tmp_path / "run")
     made("other").fit(1)
+
+
+@pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend, TensorBoardBackend])
+def test_a_run_that_resumes_is_told_of_records_that_its_checkpoint_does_not_know(
+    kind: type[FileBackend], tmp_path: Path
+) -> None:
+    """The checkpoint has the position in one log, and knows nothing of the other, which has records of another run."""
+
+    def made(*paths: str, **arguments: bool) -> Learner:
+        logs = [LogMetrics(kind(tmp_path / path, **arguments)) for path in paths]
+        return tiny_learner(*logs, Checkpointer(tmp_path / "run"), n_batches=2)
+
+    made("own").fit(1)
+    tiny_learner(LogMetrics(kind(tmp_path / "other")), n_batches=2).fit(1)
+    with pytest.raises(UserWarning, match=r"other already has .* of another run or of a killed process, and this "):
+        made("own", "other").fit(2, resume=tmp_path / "run")
+    made("own", "new").fit(2, resume=tmp_path / "run")
+    made("own", "new", "other", append=True).fit(3, resume=tmp_path / "run")
 
 
 @pytest.mark.parametrize("kind", [CsvBackend, JsonlBackend])

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -260,11 +261,29 @@ def test_a_run_has_one_file_and_another_run_has_its_own(tmp_path: Path) -> None:
         position = backend.flush()
         backend.close()
     assert sorted(name.split(".")[4] for name in os.listdir(tmp_path / "TrainingPhase")) == ["one", "other"]
-    backend = TensorBoardBackend(tmp_path)
+    backend = TensorBoardBackend(tmp_path, append=True)
     backend.open(Run("one", resumed=True))
     with pytest.raises(LoggingError, match=r"the event file TrainingPhase/events\.out\.tfevents\.\d+\.other\.Tr"):
         backend.restore(position)
     backend.close()
+
+
+def test_a_run_that_resumes_is_told_of_the_event_files_of_others(tmp_path: Path) -> None:
+    """Records of another run in a table go with the position of the checkpoint, and event files are other files."""
+    for run, append in (("one", False), ("other", True)):
+        backend = TensorBoardBackend(tmp_path, append=append)
+        backend.open(Run(run))
+        position = backend.flush()
+        backend.write(backend.encode(Value(0.5), "Loss", 1, STEP))
+        backend.close()
+    text = r"has 1 event file of another run beside .* joins their curves: TrainingPhase/events\.out\..*other\.Tr"
+    for append in (False, True):
+        backend = TensorBoardBackend(tmp_path, append=append)
+        with nullcontext() if append else pytest.warns(UserWarning, match=text):
+            backend.open(Run("one", resumed=True))
+        backend.restore(position)
+        backend.close()
+    assert [name.split(".")[4] for name in os.listdir(tmp_path / "TrainingPhase")] == ["other"]
 
 
 def test_an_event_that_was_cut_off_is_dropped(tmp_path: Path) -> None:
