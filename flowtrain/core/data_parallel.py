@@ -144,11 +144,11 @@ class DataParallel:
         equalise(world, self._modules, settings)
 
     def watch_nan(self, seen: torch.Tensor | None) -> None:
-        """See `Replica.watch_nan`: the guard of all ranks skips the update then."""
+        """Keep the tensor, so that the guards of all ranks skip the update after a NaN of one."""
         self._nan_seen = seen
 
     def prepare(self) -> None:
-        """See `Replica.prepare`: all ranks wrap the model again if it has other parameters, or trains others."""
+        """Wrap the model again, on all ranks, if it has other parameters or trains others."""
         if self._wrapped is not None and not self.prepared:
             self._trained, self._ddp = _trained(self._wrapped), None
             local = None if self._device.type == "cpu" else [self._device]
@@ -158,30 +158,30 @@ class DataParallel:
 
     @property
     def prepared(self) -> bool:
-        """See `Replica.prepared`."""
+        """Whether DDP wraps the parameters that are trained now."""
         return self._wrapped is None or _trained(self._wrapped) == self._trained
 
     def model(self, *inputs: Any, **named: Any) -> Any:
-        """See `Replica.model`."""
+        """Run the model through DDP."""
         return self._world.guarded(self._ddp, *inputs, **named)  # its second call has a collective of its own
 
     def set_gradient_sync(self, wanted: bool) -> None:
-        """See `Replica.set_gradient_sync`."""
+        """Tell DDP whether the next backward pass sends the gradients."""
         if self.syncs_gradients is not wanted:  # an attribute of a module takes microseconds to set
             self._ddp.require_backward_grad_sync = wanted
 
     @property
     def syncs_gradients(self) -> bool:
-        """See `Replica.syncs_gradients`."""
+        """Whether DDP sends the gradients of this batch."""
         return bool(self._ddp.require_backward_grad_sync)
 
     @property
     def has_sync_point(self) -> bool:
-        """See `Replica.has_sync_point`."""
+        """Whether the flags of this batch travel: with the gradients, or by a message after them."""
         return self.syncs_gradients
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
-        """See `Replica.backward`."""
+        """Run the backward pass, which sends the gradients; on the CPU the flags travel as one more gradient."""
         if self.syncs_gradients:
             share_nan(self._world, self._nan_seen)
         # Without a graph `backward` raises.
@@ -210,7 +210,7 @@ class DataParallel:
         )
 
     def leave(self, flags: Sequence[int]) -> list[int]:
-        """See `Replica.leave`. Every gradient that this rank sends is zero."""
+        """Run the two passes without a batch: every gradient that this rank sends is zero."""
         if self._wrapped is None:
             return self._world.sum(flags)
         self.set_gradient_sync(True)
@@ -222,7 +222,7 @@ class DataParallel:
             self._wrapped.without_batch = False
 
     def skip_unsent_batch(self) -> None:
-        """See `Replica.skip_unsent_batch`: the second call of DDP has a collective of its own."""
+        """Run the forward pass without a batch: the second call of DDP has a collective of its own."""
         if self._wrapped is None:
             return
         self._wrapped.without_batch = True
@@ -233,11 +233,11 @@ class DataParallel:
             self._wrapped.without_batch = False
 
     def finish_forward(self) -> bool:
-        """See `Replica.finish_forward`; other ranks need nothing from this one in a forward pass."""
+        """Return that it is finished: other ranks need nothing from this one in a forward pass."""
         return True
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """See `Replica.average`. There is one collective for each type of number.
+        """Average the gradients, in one collective for each type of number.
 
         A parameter that has a gradient on some ranks only counts as zero on the others; one without a gradient on any
         rank stays without. Sparse gradients take a collective for each parameter.
@@ -262,7 +262,7 @@ class DataParallel:
                     param.grad = grad.copy_(mean.view_as(grad))
 
     def share_buffers(self) -> None:
-        """See `Replica.share_buffers`."""
+        """Send the buffers of the main rank to all ranks."""
         send_buffers(self._world, self._modules)
 
 

@@ -127,33 +127,33 @@ class Single:
         self.model = model
 
     def watch_nan(self, seen: torch.Tensor | None) -> None:
-        """See `Replica.watch_nan`."""
+        """Do nothing: no other rank has a NaN."""
 
     def prepare(self) -> None:
-        """See `Replica.prepare`."""
+        """Do nothing: the model runs as it is."""
 
     def skip_unsent_batch(self) -> None:
-        """See `Replica.skip_unsent_batch`."""
+        """Do nothing: there is no batch of other ranks."""
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """See `Replica.average`."""
+        """Do nothing: the gradients of this process are their own means."""
 
     def share_buffers(self) -> None:
-        """See `Replica.share_buffers`."""
+        """Do nothing: there is nobody to share with."""
 
     def set_gradient_sync(self, wanted: bool) -> None:
-        """See `Replica.set_gradient_sync`."""
+        """Note whether the batch fills its group; nothing is sent."""
         self.syncs_gradients = self.has_sync_point = wanted
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
-        """See `Replica.backward`."""
+        """Run the backward pass, and return the flags of this process as the sums."""
         loss.backward()
         return [*flags]
 
     def leave(self, flags: Sequence[int]) -> list[int]:
-        """See `Replica.leave`."""
+        """Return the flags of this process as the sums."""
         return [*flags]
 
     def finish_forward(self) -> bool:
-        """See `Replica.finish_forward`."""
+        """Return that it is finished: nobody waits."""
         return True

@@ -172,7 +172,7 @@ class Sharded:
         self._place = "before"
 
     def finish_forward(self) -> bool:
-        """See `Replica.finish_forward`."""
+        """Gather and free the units that the other ranks still run, if their order is known."""
         training = torch.is_grad_enabled()
         order = self._orders.get(training)
         done = len(self._running) if self._place == "inside" else 0
@@ -190,24 +190,24 @@ class Sharded:
     # --- the backward pass
 
     def skip_unsent_batch(self) -> None:
-        """See `Replica.skip_unsent_batch`. There is nothing to do: each batch has a sync point, and it is over."""
+        """Do nothing: each batch has a sync point, and it is over."""
 
     def prepare(self) -> None:
-        """See `Replica.prepare`. There is nothing to do."""
+        """Do nothing: torch gathers the parameters that there are."""
 
     def watch_nan(self, seen: torch.Tensor | None) -> None:
-        """See `Replica.watch_nan`: a NaN of one rank is in the gradients of all, so the guard of all must skip it."""
+        """Keep the tensor: a NaN of one rank is in the gradients of all, so the guard of all must skip it."""
         self._nan_seen = seen
 
     def set_gradient_sync(self, wanted: bool) -> None:
-        """See `Replica.set_gradient_sync`. While gradients do not travel, each rank adds whole gradients of its own."""
+        """Tell torch. While gradients do not travel, each rank adds whole gradients of its own."""
         self._place = "before"
         if wanted != self.syncs_gradients:
             self.syncs_gradients = wanted
             self._root.set_requires_gradient_sync(wanted)
 
     def backward(self, loss: torch.Tensor, flags: Sequence[int]) -> list[int]:
-        """See `Replica.backward`. The ranks agree before, and leave the backward pass out if the batch ends."""
+        """Sum the flags first, and leave the backward pass out if the batch ends; otherwise run it."""
         if not loss.requires_grad:
             loss.backward()  # raises, and the other ranks are told
         sums = self._world.sum(flags)
@@ -224,7 +224,7 @@ class Sharded:
         return sums
 
     def leave(self, flags: Sequence[int]) -> list[int]:
-        """See `Replica.leave`."""
+        """Finish the forward pass of the other ranks, sum the flags, and forget the batch."""
         self.finish_forward()
         sums = self._world.sum(flags)
         self.reset()
@@ -238,12 +238,12 @@ class Sharded:
         self._place = "before"
 
     def average(self, params: Iterable[torch.nn.Parameter]) -> None:
-        """See `Replica.average`: these are all gradients of a group that has ended before its last batch."""
+        """Average the gradients of a group that has ended before its last batch, which `unsent` keeps."""
         share_nan(self._world, self._nan_seen)
         self.unsent.average()
 
     def share_buffers(self) -> None:
-        """See `Replica.share_buffers`."""
+        """Send the buffers of the main rank to all ranks."""
         send_buffers(self._world, self._modules)
 
 

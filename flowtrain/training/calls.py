@@ -98,7 +98,7 @@ class Calls:
         resume: str | PathLike[str] | None,
         timed: AbstractContextManager[None],
     ) -> None:
-        """See `Learner.fit`. The context `timed` is entered for the fit, after everything has been checked."""
+        """Check the arguments of `Learner.fit`, and run the fit in the context `timed`."""
         # A fit that resumes opens the backends itself, at the positions in the checkpoint.
         with self._running("fit()", opens=resume is None):
             epochs, steps, validate_every = check_counts(epochs, steps, validate_every)
@@ -121,12 +121,12 @@ class Calls:
                     raise
 
     def epoch(self, phase: Phase, data: Any) -> None:
-        """See `Learner.epoch`."""
+        """Run an epoch of a phase for `Learner.epoch`."""
         with self._running("epoch()", trains=isinstance(phase, AbstractTrainingPhase)):
             self._epoch(phase, data, f"learner.epoch({phase!r}(), loader)")
 
     def step(self, phase: Phase, raw: Any) -> BatchState:
-        """See `Learner.step`."""
+        """Run one batch of a phase for `Learner.step`, and return its state."""
         with self._running("step()", trains=isinstance(phase, AbstractTrainingPhase)):
             self.check_phases([phase])
             return self._loop.step(phase, raw)
@@ -144,7 +144,7 @@ class Calls:
     # --- calls that evaluate
 
     def validate(self) -> Mapping[Any, Any]:
-        """See `Learner.validate`."""
+        """Evaluate all phases that do not train for `Learner.validate`, and return their values."""
         with self._running("validate()", trains=False):
             phases = [phase for phase in self._loop.state.data if not isinstance(phase, AbstractTrainingPhase)]
             if not phases:
@@ -159,7 +159,7 @@ class Calls:
         return measured if len(phases) > 1 else measured[phases[0]]
 
     def evaluate(self, data: Any, phase: Phase) -> dict[str, float]:
-        """See `Learner.evaluate`."""
+        """Evaluate one phase for `Learner.evaluate`, and return its values by name."""
         with self._running("evaluate()", trains=False):
             return self._measured(self._evaluating(phase, "evaluate"), data)
 
@@ -194,7 +194,7 @@ class Calls:
     # --- a call that only runs the model
 
     def predict(self, loader: Any, phase: Phase) -> Any:
-        """See `Learner.predict`."""
+        """Run the model on all batches for `Learner.predict`, and return its outputs."""
         self.ready("predict()")
         loop, phase = self._loop, self._evaluating(phase, "predict")
         if isinstance(loop.state.model, Named):

@@ -138,7 +138,7 @@ class Steps(StepContext):
 
     @contextmanager
     def run_batch(self, phase: Phase, **state: Any) -> Generator[BatchState]:
-        """See `StepContext.run_batch`."""
+        """Open a batch with this state, and close it when its body has ended (`StepContext.run_batch`)."""
         core, scopes = self._core, self._scopes
         if scopes.batch != CLOSED:
             raise UsageError(f"run_batch({phase!r}) was called inside an open batch. Leave that one first.")
@@ -165,18 +165,18 @@ class Steps(StepContext):
             scopes.close_batch(self._state.batch)
 
     def fire(self, event: Event, phase: Phase) -> None:
-        """See `StepContext.fire`."""
+        """Fire an event for a step; an `UpdateEnd` counts as an update that the step has made itself."""
         if is_a(event, UpdateEnd):  # a step that calls its optimizer itself fires this event instead of `update`
             self._sync.check_own_update(phase)
             self._state.updates += 1
         self._dispatch.fire_from_outside(event, phase)
 
     def forward(self) -> AbstractContextManager[None]:
-        """See `StepContext.forward`."""
+        """Return the context in which the core runs a forward pass."""
         return self._core.autocast()
 
     def backward(self, phase: Phase, loss: torch.Tensor, name: str | None = None) -> None:
-        """See `StepContext.backward`."""
+        """Run the backward pass of the core between its two events (`StepContext.backward`)."""
         on, batch = self._runners[phase], self._state.batch
         self._need_batch("backward")
         shared = batch.__dict__.get("loss") is loss
@@ -202,7 +202,7 @@ class Steps(StepContext):
             on.backward_end(_BACKWARD_END, phase)
 
     def update(self, phase: Phase, name: str | None = None) -> None:
-        """See `StepContext.update`."""
+        """Update the parameters of the optimizers whose accumulation groups are complete (`StepContext.update`)."""
         self._need_batch("update")
         names = self._core.due(name)
         if names:
@@ -215,7 +215,7 @@ class Steps(StepContext):
     # --- the bundled steps
 
     def train(self, phase: AbstractTrainingPhase, raw: Any) -> None:
-        """See `StepContext.train`."""
+        """Run a batch of a training phase, with its events; the update of a plain core is written out here."""
         on, core, scopes, sync = self._runners[phase], self._core, self._scopes, self._sync
         # `NoSync.begin` returns the same functions, and its call would be one more in every batch.
         calls = (core.model, core.backward, self.update) if sync.alone else sync.begin(phase, self.update)
@@ -252,7 +252,7 @@ class Steps(StepContext):
         scopes.completed = batch
 
     def evaluate(self, phase: AbstractValidationPhase, raw: Any) -> None:
-        """See `StepContext.evaluate`."""
+        """Run a batch of a phase that evaluates: forward pass and loss, with their events."""
         on, scopes = self._runners[phase], self._scopes
         batch = self._open(phase, on, raw, self._core.model, False)
         scopes.batch = ENDING

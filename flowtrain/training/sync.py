@@ -97,28 +97,28 @@ class NoSync:
         self._core = core
 
     def begin(self, phase: AbstractTrainingPhase, update: Update) -> StepCalls:
-        """See `StepSync.begin`."""
+        """Return the functions of the core, and the update as it is."""
         return self._core.model, self._core.backward, update
 
     def begin_own(self, phase: Phase) -> None:
-        """See `StepSync.begin_own`."""
+        """Do nothing: no other rank has a batch at the same time."""
 
     def end_own(self, phase: Phase) -> None:
-        """See `StepSync.end_own`."""
+        """Do nothing: there is no rank to agree with."""
 
     def around(self, phase: Phase, step: Callable[[Any], None]) -> Callable[[Any], None]:
-        """See `StepSync.around`."""
+        """Return the step as it is: there is no rank to agree with."""
         return step
 
     def updating(
         self, phase: Phase, names: list[str], on: StepRunners, *, in_batch: bool
     ) -> tuple[Runner | None, Runner | None]:
-        """See `StepSync.updating`."""
+        """Return the runners as they are: no other rank makes the update."""
         return on.update_begin, on.update_end
 
     def check_own_update(self, phase: Phase) -> None:
-        """See `StepSync.check_own_update`."""
+        """Accept it: the gradients of this process are all that there are."""
 
     def leave(self, phase: Phase, failure: BaseException) -> BaseException:
-        """See `StepSync.leave`."""
+        """Return the failure of this process, the only one."""
         return failure

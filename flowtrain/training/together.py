@@ -128,10 +128,10 @@ class Alone:
         self._core = core
 
     def begin(self, step: Phase | None = None) -> None:
-        """See `Together.begin`."""
+        """Do nothing: no other process begins with this one."""
 
     def begin_fit(self, save: Callable[[], None]) -> None:
-        """See `Together.begin_fit`."""
+        """Return ``None``: an interrupt ends the fit at the end of the batch, without asking other processes."""
 
     def _meet_nobody(self, failures: Failures) -> None:
         """Return at once: there is no other process to wait for."""
@@ -139,30 +139,30 @@ class Alone:
     resumed = fit_begun = epoch_begun = batches_ended = epoch_ended = broke_off = fit_ended = _meet_nobody
 
     def merge(self, phase: Phase, failures: Failures) -> None:
-        """See `Together.merge`."""
+        """Do nothing: the measurements of this process are all that there are."""
 
     def divide(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """See `Together.divide`."""
+        """Return the loaders of the user, which this process uses alone."""
         return data
 
     def agree(self, value: Any) -> Any:
-        """See `Together.agree`."""
+        """Return the value of this process, which is the main rank."""
         return value
 
     def plan(self, updates: Callable[[], int | None]) -> int | None:
-        """See `Together.plan`."""
+        """Return the number of updates of this process."""
         return updates()
 
     def batches(
         self, phase: Phase, source: Iterable[Any], done: int, total: int | None, *, announced: bool
     ) -> AbstractContextManager[Iterable[Any]]:
-        """See `Together.batches`."""
+        """Return the batches as the core feeds them: on the device where it moves them ahead of time."""
         return nullcontext(self._core.feed(source, None if total is None else total - done))
 
     def after_sync(self, phase: Phase) -> AbstractContextManager[None]:
-        """See `Together.after_sync`."""
+        """Return a context that does nothing, since ranks agree on nothing."""
         return nullcontext()
 
     def predicting(self, phase: Phase, inputs: Iterable[Any]) -> AbstractContextManager[Iterable[Any]]:
-        """See `Together.predicting`."""
+        """Return a context that gives the inputs as they are."""
         return nullcontext(inputs)

@@ -76,33 +76,33 @@ class WholeParts:
     """The parts of checkpoints of a learner in one process, which has the whole state: a `Parts`."""
 
     def compare(self, requests: Sequence[CheckpointRequest]) -> None:
-        """See `Parts.compare`."""
+        """Do nothing: no other rank requests anything."""
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
-        """See `Parts.drop`."""
+        """Do nothing: no other rank carries them out."""
 
     def note_load(self, path: Any) -> None:
-        """See `Parts.note_load`."""
+        """Do nothing: no other rank could have loaded another one."""
 
     def seed_anew(self) -> None:
-        """See `Parts.seed_anew`."""
+        """Do nothing: the checkpoint has the generators of this process."""
 
     def begin(self, finite: bool) -> bool:
-        """See `Parts.begin`."""
+        """Return whether this process is finite."""
         return finite
 
     def gather(self, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """See `Parts.gather`."""
+        """Return the state of this process, which is all of it."""
         return own()
 
     def write(self, writer: Writer, contents: dict[str, Any], request: CheckpointRequest) -> None:
-        """See `Parts.write`."""
+        """Let the writer write the contents to one file."""
         writer.submit(contents, request)
 
     def own(self, contents: dict[str, Any]) -> dict[str, Any]:
-        """See `Parts.own`."""
+        """Return all contents."""
         return contents
 
     def same_size(self, contents: Mapping[str, Any]) -> bool:
-        """See `Parts.same_size`."""
+        """Compare the number of processes with one."""
         return check_size(contents, 1, stacklevel=7)

@@ -89,7 +89,7 @@ class RankParts:
     # --- take
 
     def drop(self, requests: Sequence[CheckpointRequest]) -> None:
-        """See `Parts.drop`."""
+        """Note that requests were dropped here, unless all ranks have just refused them."""
         self._missed = self._missed or (bool(requests) and not self._refused)
 
     def miss(self, failure: BaseException | None) -> None:
@@ -103,7 +103,7 @@ class RankParts:
         self._missed = self._refused = False
 
     def compare(self, requests: Sequence[CheckpointRequest]) -> None:
-        """See `Parts.compare`."""
+        """Exchange the requests of all ranks, and raise if they differ or a rank has failed."""
         asked = tuple(_described(request) for request in requests if request is not NO_REQUEST)
         found = self._world.exchange(_Asks(asked, ""))
         failed = {
@@ -123,7 +123,7 @@ class RankParts:
             )
 
     def begin(self, finite: bool) -> bool:
-        """See `Parts.begin`. The buffers of all ranks are those of the main rank from here on."""
+        """Agree whether all ranks are finite, and give all of them the buffers of the main rank."""
         found = self._world.exchange((finite, self.shapes()))
         check_shapes([shapes for _, shapes in found])
         self._replica.share_buffers()
@@ -136,7 +136,7 @@ class RankParts:
         return [(f"model.{name}", f"{buffer.dtype} of shape {tuple(buffer.shape)}") for name, buffer in named]
 
     def gather(self, own: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """See `Parts.gather`. Ranks other than the main one get what they would write alone."""
+        """Return the contents with the parts of all ranks; the others than the main rank get just their own."""
         failures = Failures()
         contents = failures.attempt(own)
         known = digests(contents) if self._world.main and contents is not None else {}
@@ -153,7 +153,7 @@ class RankParts:
         return {**contents, "ranks": parts[1:], "token": token}
 
     def write(self, writer: Writer, contents: dict[str, Any], request: CheckpointRequest) -> None:
-        """See `Parts.write`. The main rank writes the file, and every rank its pieces of a sharded model."""
+        """Let the main rank write the file, and every rank its pieces of a sharded model."""
         token, pieces = contents.pop("token", ""), contents.pop("shards", None)
         if pieces is None:
             if self._world.main:
@@ -206,7 +206,7 @@ class RankParts:
     # --- restore
 
     def note_load(self, path: Any) -> None:
-        """See `Parts.note_load`. All ranks must load it, which `loaded` lets them notice."""
+        """Note the name of the file that was loaded, by which `loaded` lets the ranks notice a difference."""
         try:
             self._loads.append(find_file(path).name)
         except CheckpointError:  # its pointer is damaged, and the checkpoint before was loaded
@@ -222,17 +222,17 @@ class RankParts:
         return {"load": " and ".join(names), "content": content}
 
     def own(self, contents: dict[str, Any]) -> dict[str, Any]:
-        """See `Parts.own`."""
+        """Return the part of this rank in the contents of a file."""
         return part_of(contents, self._world.rank, self._world.size)
 
     def same_size(self, contents: Mapping[str, Any]) -> bool:
-        """See `Parts.same_size`."""
+        """Compare the number of ranks; if it has changed, `seed_anew` seeds the generators."""
         same = check_size(contents, self._world.size, stacklevel=7 if self._world.main else None)
         self._reseed = not same
         return same
 
     def seed_anew(self) -> None:
-        """See `Parts.seed_anew`."""
+        """Seed the generators of this rank, if it is not the main one, after another number of ranks."""
         if self._reseed and self._world.rank:
             seed = int(torch.randint(2**62, ()).item()) + self._world.rank  # drawn from the generator of the main rank
             torch.manual_seed(seed)

@@ -106,7 +106,7 @@ class BatchSync:
         self._points.begin(GRADIENTS if self.uses_replica(phase) else MESSAGE)
 
     def around(self, phase: Phase, step: Callable[[Any], None]) -> Callable[[Any], None]:
-        """See `StepSync.around`: there is a sync point at the end of a step that has opened no batch, which has one."""
+        """Return the step with a sync point at its end if it has opened no batch, which would have one."""
         if isinstance(phase, AbstractValidationPhase):
             return step
 
@@ -119,7 +119,7 @@ class BatchSync:
         return run
 
     def begin(self, phase: AbstractTrainingPhase, update: Update) -> StepCalls:
-        """See `StepSync.begin`."""
+        """Begin a batch of all ranks, and return functions that agree on it in or after the backward pass."""
         points, replica = self._points, self._replica
         self.open_batch(phase)
         self._dispatch.met.clear()
@@ -170,12 +170,12 @@ class BatchSync:
         self.agree()
 
     def begin_own(self, phase: Phase) -> None:
-        """See `StepSync.begin_own`."""
+        """Begin a batch of a user's step, on which the ranks agree by a message."""
         if not isinstance(phase, AbstractValidationPhase):
             self._points.begin(MESSAGE)
 
     def end_own(self, phase: Phase) -> None:
-        """See `StepSync.end_own`."""
+        """Agree by a message how a batch of a user's step ends, if the phase trains."""
         if not isinstance(phase, AbstractValidationPhase):
             self.agree()
 
@@ -194,7 +194,7 @@ class BatchSync:
     def updating(
         self, phase: Phase, names: list[str], on: StepRunners, *, in_batch: bool
     ) -> tuple[Runner | None, Runner | None]:
-        """See `StepSync.updating`. DDP has agreed and averaged in its backward pass."""
+        """Agree that all ranks make the update, and average; DDP has done both in its backward pass."""
         if not (self.uses_replica(phase) and in_batch):
             following = self._points.next
             self._points.ask(updates=True)
@@ -230,7 +230,7 @@ class BatchSync:
                 self._points.late(cancel)
 
     def check_own_update(self, phase: Phase) -> None:
-        """See `StepSync.check_own_update`."""
+        """Refuse it: the update would use the gradients of this rank alone."""
         raise RankError(
             f"{phase!r} fires UpdateEnd, as a step that calls its optimizer itself. On several ranks that update "
             f"would use the gradients of one rank, and the models would differ. Write learner.update(self), which "
@@ -300,7 +300,7 @@ class BatchSync:
         self._points.fail(failure)
 
     def leave(self, phase: Phase, failure: BaseException) -> BaseException:
-        """See `StepSync.leave`. Before the sync point of the batch, all ranks are told of the failure there."""
+        """Leave the batch, and tell all ranks of the failure if the sync point of the batch is still to come."""
         points, core, scopes = self._points, self._core, self._scopes
         if not points.known and self.uses_replica(phase):
             self._exchange_nothing(phase)

@@ -88,28 +88,28 @@ class Ranks:
         self._save: Callable[[], None] = lambda: None  # takes the checkpoints for an interrupt
 
     def begin(self, step: Phase | None = None) -> None:
-        """See `Together.begin`."""
+        """Forget the sync points of the last call, and wrap the model if a step of training follows."""
         self._points.reset()
         if step is not None and self.sync.uses_replica(step):
             self._replica.prepare()
 
     def begin_fit(self, save: Callable[[], None]) -> Callable[[Callable[[], None]], None]:
-        """See `Together.begin_fit`."""
+        """Begin a fit, and return the function by which the ranks are told of a signal."""
         self._points.reset()
         self._batches.begin_fit()
         self._save = save
         return self._points.hold
 
     def divide(self, data: PhaseMap[Any]) -> PhaseMap[Any]:
-        """See `Together.divide`."""
+        """Return the shares of this rank."""
         return self._batches.divide(data)
 
     def agree(self, value: Any) -> Any:
-        """See `Together.agree`."""
+        """Exchange the values of all ranks, and return that of the main rank."""
         return self._world.exchange(value)[0]
 
     def plan(self, updates: Callable[[], int | None]) -> int | None:
-        """See `Together.plan`.
+        """Compare the plans of all ranks, and return the number of updates that all of them make.
 
         Raises:
             RankError: The ranks have different versions, models, callbacks, optimizers, or data.
@@ -142,18 +142,18 @@ class Ranks:
     # --- sync points
 
     def resumed(self, failures: Failures) -> None:
-        """See `Together.resumed`. The checkpoint replaces all that were loaded before, so these need not be equal."""
+        """Meet after a checkpoint was read. It replaces all that were loaded before, so these may differ."""
         self.parts.loaded()
         self._meet("the checkpoint to resume from", failures)
         self._see_signal(failures)
 
     def fit_begun(self, failures: Failures) -> None:
-        """See `Together.fit_begun`."""
+        """Meet after `FitBegin`, and end the fit if a signal has come to any rank."""
         self._meet("FitBegin", failures)
         self._see_signal(failures)
 
     def epoch_begun(self, failures: Failures) -> None:
-        """See `Together.epoch_begun`."""
+        """Meet after `EpochBegin`, and compare the checkpoints that the ranks have loaded."""
         # The phase is told too: a rank that evaluates would wait at the end of its epoch for one that trains.
         found = self._meet(f"EpochBegin of {self._scopes.phase!r}", failures, self.parts.loaded())
         if _differing(found):
@@ -161,7 +161,7 @@ class Ranks:
         self._see_signal(failures)
 
     def batches_ended(self, failures: Failures) -> None:
-        """See `Together.batches_ended`. Such a cancel still discards the gradients of a group that is open."""
+        """Meet after the last batch. A late cancel still discards the gradients of a group that is open."""
         self._meet("the end of the batches", failures)
         if failures and failures.only(CancelBatchException, CancelEpochException):
             failures.drop()
@@ -170,7 +170,7 @@ class Ranks:
         self._see_signal(failures)
 
     def epoch_ended(self, failures: Failures) -> None:
-        """See `Together.epoch_ended`."""
+        """Meet after `EpochEnd`, and compare the fingerprints of the shared state."""
         found = self._meet("EpochEnd", failures, {} if failures else self._fingerprints())
         paths = _differing(found)
         if paths:
@@ -178,7 +178,7 @@ class Ranks:
         self._see_signal(failures)
 
     def broke_off(self, failures: Failures) -> None:
-        """See `Together.broke_off`. After a cancel or an interrupt the buffers of all ranks are made equal."""
+        """Meet after a failure. After a cancel or an interrupt the buffers of all ranks are made equal."""
         self._meet("a failure that ends its epochs", failures)
         self._see_signal(failures)
         if not self._points.failed:
@@ -187,7 +187,7 @@ class Ranks:
                 self._replica.share_buffers()
 
     def fit_ended(self, failures: Failures) -> None:
-        """See `Together.fit_ended`."""
+        """Meet after `FitEnd`, and interrupt this rank too if a signal has come to another one."""
         points = self._points
         self._meet(FIT_END, failures)
         known = points.failed or any(isinstance(failure, KeyboardInterrupt) for failure in failures)
@@ -226,7 +226,7 @@ class Ranks:
         return found
 
     def merge(self, phase: Phase, failures: Failures) -> None:
-        """See `Together.merge`."""
+        """Exchange the measurements of all ranks, which each callback merges; share the buffers after training."""
         states: dict[str, Any] = {}
         if not failures:
             with failures:
@@ -246,7 +246,7 @@ class Ranks:
     def batches(
         self, phase: Phase, source: Iterable[Any], done: int, total: int | None, *, announced: bool
     ) -> AbstractContextManager[Iterable[Any]]:
-        """See `Together.batches`."""
+        """Return the batches of this rank: of training until the ranks end together, or of an evaluation."""
         self.sync.check_step(phase)
         if not isinstance(phase, AbstractValidationPhase):
             total = total if announced else None
@@ -263,12 +263,12 @@ class Ranks:
                 raise self._points.interrupt(self._save)
 
     def after_sync(self, phase: Phase) -> AbstractContextManager[None]:
-        """See `Together.after_sync`."""
+        """Return a context that keeps a failure at the end of a training batch for the next sync point."""
         return nullcontext() if isinstance(phase, AbstractValidationPhase) else self._batches.after_sync(phase)
 
     @contextmanager
     def predicting(self, phase: Phase, inputs: Iterable[Any]) -> Generator[Iterable[Any]]:
-        """See `Together.predicting`. All ranks predict if the model is sharded, each with inputs of its own."""
+        """Give the inputs. All ranks predict if the model is sharded, each with inputs of its own."""
         if not self._replica.forward_is_collective:
             yield inputs
             return
