@@ -131,13 +131,21 @@ class TinySite:
         self.nodes: Sequence[Node] = ()
         self.run = Run("tiny")
         self.open_sinks = object()
-        self.fired: list[tuple[str, Event]] = []
-        self.requests: list[tuple[str, CheckpointRequest]] = []
         self.mailbox = Mailbox()
         self.clock: Clock | None = None
         self.failures: list[tuple[str, BaseException]] = []
         self.drained: list[list[tuple[str, Event]]] = []
         self.swapped: list[Runner] = []
+
+    @property
+    def fired(self) -> list[tuple[str, Event]]:
+        """The events that handlers have fired through views of `state`."""
+        return self.state.fired
+
+    @property
+    def requests(self) -> list[tuple[str, CheckpointRequest]]:
+        """The checkpoints that handlers have requested through views of `state`."""
+        return self.state.requests
 
     def drain(self, phase: Phase) -> None:
         """Record the content of `fired`, and empty `fired` and `requests`."""

@@ -277,6 +277,55 @@ class Untouched:
         return moving
 
 
+class TransferContract:
+    """Tests that every transfer passes. A subclass has a fixture ``transfer``."""
+
+    BATCH = (torch.arange(6.0).reshape(2, 3), {"labels": [torch.tensor([1, 2]), "text", None]}, 7)
+
+    def test_it_gives_the_batch_that_it_was_given(self, transfer: Transfer) -> None:
+        assert isinstance(transfer, Transfer)
+        x, rest, number = transfer.finish(transfer.start(self.BATCH))
+        assert torch.equal(x.cpu(), self.BATCH[0])
+        assert rest["labels"][0].tolist() == [1, 2]
+        assert (rest["labels"][1:], number) == (["text", None], 7)
+
+    def test_the_next_batch_is_under_way_before_one_has_arrived(self, transfer: Transfer) -> None:
+        """Prefetch begins batch 2 before it takes batch 1."""
+        first, second = transfer.start([torch.zeros(3)]), transfer.start([torch.ones(3)])
+        assert [each.tolist() for each in transfer.finish(first)] == [[0, 0, 0]]
+        assert [each.tolist() for each in transfer.finish(second)] == [[1, 1, 1]]
+
+    def test_the_loader_keeps_its_batch_as_it_is(self, transfer: Transfer) -> None:
+        raw = [torch.zeros(3), torch.ones(1)]
+        transfer.finish(transfer.start(raw))
+        assert [(each.device.type, each.tolist()) for each in raw] == [("cpu", [0, 0, 0]), ("cpu", [1])]
+
+
+class TestLogged(TransferContract):
+    """The transfer of these tests that copies."""
+
+    @pytest.fixture
+    def transfer(self) -> Transfer:
+        return Logged()
+
+
+class TestUntouched(TransferContract):
+    """The transfer of these tests that does nothing."""
+
+    @pytest.fixture
+    def transfer(self) -> Transfer:
+        return Untouched()
+
+
+@needs_accelerator
+class TestStreamTransfer(TransferContract):
+    """The transfer of every accelerator with streams and pinned memory."""
+
+    @pytest.fixture
+    def transfer(self) -> Transfer:
+        return StreamTransfer(torch.device(DEVICE), lambda tensor: tensor)
+
+
 def test_what_came_ahead_is_not_moved_again() -> None:
     moved: list[Any] = []
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from flowtrain import Access, Callback, Read
 from flowtrain.callback.access import declare
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging.backend import Group, LoggerBackend, Run
 from flowtrain.state.partial_view import Owner
+from flowtrain_dask.lanes.threads import Workable
 from flowtrain_dask.lanes.work import Job, LaneHandler
 
 
@@ -57,3 +59,46 @@ def job_of(*callbacks: Callback, access: Access | None = None, **changes: Any) -
     )
     names, backends = tuple(each.name for each in callbacks), tuple(map(backends_of, callbacks))
     return Job("+".join(names), "run", names, backends, handlers, **changes)
+
+
+class MakeWorkable(Protocol):
+    """Makes a lane that no thread works on, and a function that gives it work: a call of `act`."""
+
+    def __call__(self, act: Callable[[], object]) -> tuple[Workable, Callable[[], None]]: ...
+
+
+class WorkableContract:
+    """Tests that everything passes that `LaneThreads` works on. A subclass has a fixture ``make``, a `MakeWorkable`."""
+
+    def test_it_is_due_when_it_has_work_and_until_that_is_done(self, make: MakeWorkable) -> None:
+        done: list[int] = []
+        lane, give = make(lambda: done.append(1))
+        assert lane.name
+        assert not lane.is_remote
+        assert lane.due() is None
+        give()
+        assert lane.due() is not None
+        assert lane.begin()
+        lane.work()
+        assert done == [1]
+        assert lane.due() is None
+
+    def test_one_thread_at_a_time_works_on_it(self, make: MakeWorkable) -> None:
+        second: list[bool] = []
+        lane, give = make(lambda: second.append(lane.begin()))
+        give()
+        assert lane.begin()
+        assert not lane.begin()
+        lane.work()
+        assert second == [False], "the first one is still at work"
+        assert lane.begin(), "the first one has ended"
+
+    def test_a_failure_is_not_raised_in_the_thread(self, make: MakeWorkable) -> None:
+        def fail() -> None:
+            raise ValueError("no")
+
+        lane, give = make(fail)
+        give()
+        assert lane.begin()
+        lane.work()
+        assert lane.begin()

@@ -19,7 +19,10 @@ from flowtrain import (
 )
 from flowtrain.callbacks import CustomCallback, Metrics
 from flowtrain.graph.executor import Site
+from flowtrain.graph.registry import Callbacks
+from flowtrain.state.learner_state import LearnerState
 from flowtrain.testing import TinySite, record_access, tiny_batches, tiny_learner
+from tests.support.sites import MakeSite, SiteContract
 
 
 def test_a_tiny_learner_learns_its_coefficient_quietly(capfd: pytest.CaptureFixture[str]) -> None:
@@ -95,3 +98,17 @@ def test_a_tiny_site_notes_what_an_executor_tells_it_and_raises_nothing() -> Non
     assert len(site.swapped) == 1
     site.swap(plan, run)
     assert site.swapped[1:] == [run]
+
+
+class TestTinySite(SiteContract):
+    """The site in tests of executors is like the loop in all that an executor sees."""
+
+    @pytest.fixture
+    def make(self) -> MakeSite:
+        def make(state: LearnerState, callbacks: Callbacks, executor: SerialExecutor) -> TinySite:
+            site = TinySite()
+            site.state, site.nodes = state, callbacks.running
+            executor.bind(site)
+            return site
+
+        return make

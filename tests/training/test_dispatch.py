@@ -43,6 +43,7 @@ from flowtrain.training.scopes import Scopes
 from flowtrain.training.sinks import Sinks
 from flowtrain_dask import DaskExecutor
 from tests.support.fired import Raise, Watch, short, watched
+from tests.support.sites import MakeSite, SiteContract
 from tests.support.untyped import untyped
 
 
@@ -443,3 +444,19 @@ class Late(Callback):
 def test_a_deferred_handler_cannot_ask_for_one() -> None:
     with pytest.raises(UsageError, match=r"Late calls learner\.request_checkpoint\(.*a\.ckpt.*\), but it is defer"):
         tiny_learner(Late(), executor=DaskExecutor(), n_batches=1).fit(1)
+
+
+# --- the site of an executor
+
+
+class TestDispatch(SiteContract):
+    """The dispatch of a loop keeps what executors rely on."""
+
+    @pytest.fixture
+    def make(self) -> MakeSite:
+        def make(state: LearnerState, callbacks: Callbacks, executor: SerialExecutor) -> Dispatch:
+            dispatch = Dispatch(state, Scopes(), executor, Sinks())
+            dispatch.use(callbacks)
+            return dispatch
+
+        return make

@@ -20,7 +20,7 @@ from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.threads import LaneThreads
 from flowtrain_dask.lanes.transport import ThreadTransport
 from tests.support.interrupts import interrupted
-from tests.support.lanes import Memory, job_of
+from tests.support.lanes import MakeWorkable, Memory, WorkableContract, job_of
 from tests.support.waiting import wait_for
 
 
@@ -484,3 +484,41 @@ def test_no_interrupt_of_raising_a_failure_leaves_the_lane_hanging(make_lane: Ma
         assert lane.flush(20)
         assert callback.seen[-1] == 2
         assert lane.report().pending == 0
+
+
+class Acts(Callback):
+    """Calls a function at each event."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        self.act, self.name = act, "Acts"
+
+    @on(BatchEnd, TrainingPhase)
+    def call(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        self.act()
+
+
+class TestLane(WorkableContract):
+    """A lane keeps what the threads of lanes rely on."""
+
+    @pytest.fixture
+    def make(self) -> Iterator[MakeWorkable]:
+        made: list[Lane] = []
+        threads = LaneThreads(0)  # none of them starts
+
+        def make(act: Callable[[], object]) -> tuple[Lane, Callable[[], None]]:
+            callback = Acts(act)
+            job = job_of(callback)
+            raised: list[Callable[[], None]] = []
+            transport = ThreadTransport(job, [callback], 0.01)
+            lane = Lane(job, transport, Limits(), threads, raise_on_training_thread=raised.append)
+            made.append(lane)
+
+            def give() -> None:
+                lane.put(0, BatchEnd(), TrainingPhase(), {("batch", "inputs"): 1}, 8)
+
+            return lane, give
+
+        yield make
+        for lane in made:
+            lane.close(0.0)
+        threads.close()

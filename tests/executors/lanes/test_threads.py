@@ -13,6 +13,7 @@ import pytest
 from flowtrain_dask.lanes import threads as module
 from flowtrain_dask.lanes.threads import MOST_THREADS, LaneThreads
 from tests.support.interrupts import interrupted
+from tests.support.lanes import MakeWorkable, WorkableContract
 from tests.support.waiting import wait_for
 
 
@@ -29,6 +30,7 @@ class Works:
         self.after = 0.0  # when it is due
         self.seen: set[int] = set()
         self.turn = threading.Lock()
+        self.failure: Exception | None = None
 
     def wake(self, threads: LaneThreads) -> None:
         self.wanted += 1
@@ -42,12 +44,17 @@ class Works:
 
     def work(self) -> None:
         self.seen.add(threading.get_ident())
-        self.act()
+        try:
+            self.act()
+        except Exception as failure:  # a lane leaves it for the training thread; `idle` raises it here
+            self.failure = failure
         self.done += 1
         self.turn.release()
 
     @property
     def idle(self) -> bool:
+        if self.failure is not None:
+            raise self.failure
         return self.done == self.wanted
 
 
@@ -185,3 +192,19 @@ def test_no_interrupt_of_waking_leaves_a_lane_asleep(make: Make) -> None:
         assert raised
         threads.wake(lane)
         wait_for(lambda: lane.idle)
+
+
+class TestWorks(WorkableContract):
+    """The lane of these tests is like a lane in all that the threads see."""
+
+    @pytest.fixture
+    def make(self) -> MakeWorkable:
+        def make(act: Callable[[], object]) -> tuple[Works, Callable[[], None]]:
+            lane = Works(act)
+
+            def give() -> None:
+                lane.wanted += 1
+
+            return lane, give
+
+        return make
