@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import random
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from flowtrain import Access, BatchBegin, BatchEnd, LearnerView, Read, TrainingPhase, UndeclaredWriteError, Write
+from flowtrain import (
+    Access,
+    BatchBegin,
+    BatchEnd,
+    Callback,
+    LearnerView,
+    Read,
+    TrainingPhase,
+    UndeclaredWriteError,
+    Write,
+    on,
+)
 from flowtrain.callback.access import Path, declare
 from flowtrain.callbacks import CustomCallback, Metrics, Recorder, SmoothLoss, StopOnNaNLoss, Traces, throttle
 from flowtrain.diagnostics.strict import changes, fingerprint, fingerprints, undeclared
@@ -59,6 +71,28 @@ def test_what_is_declared_is_no_error() -> None:
     fit(lambda learner: learner.params["coeff"].data.mul_(2), {"params.coeff": Write()})
     fit(lambda learner: learner.batch.inputs.add_(1), {"batch": Write()})
     fit(lambda learner: torch.rand(1), {"resource.rng": Write()})
+
+
+@pytest.mark.parametrize("value", [bytearray(b"a"), array.array("i", [1])])
+def test_a_buffer_that_no_view_can_protect_is_compared(value: Any) -> None:
+    """Rule 3 names these beside tensors: a reader gets the object itself."""
+
+    class Keeps(Callback):
+        def state_access(self) -> Access:
+            return {"cbstate.buffer": Write()}
+
+        def setup(self, learner: LearnerView) -> None:
+            learner.cbstate.buffer = value
+
+        @on(BatchBegin, TrainingPhase)
+        def nothing(self, event: BatchBegin, phase: TrainingPhase, learner: LearnerView) -> None: ...
+
+    def change(learner: LearnerView) -> None:
+        learner.cbstate.buffer.append(1)
+
+    reader = CustomCallback(change, BatchEnd, TrainingPhase, {"cbstate.buffer": Read()})
+    with pytest.raises(UndeclaredWriteError, match=r"changed cbstate\.buffer and does not declare to write it"):
+        tiny_learner(Keeps(), reader, n_batches=1, strict=True).fit(1)
 
 
 def test_the_bundled_callbacks_pass() -> None:
