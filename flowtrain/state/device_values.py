@@ -189,7 +189,7 @@ class Unread:
                 self._arrive(values)  # the copy of the chunk before has ended long ago
                 self._leave(values)
 
-    def settle(self, values: list[Any]) -> None:
+    def read_all(self, values: list[Any]) -> None:
         """Replace all tensors by numbers. Waits for the device if there are any."""
         with _lock:
             self._arrive(values)
@@ -197,7 +197,7 @@ class Unread:
                 self._leave(values)
                 self._arrive(values)
 
-    def settle_one(self, values: list[Any], position: int) -> None:
+    def read_one(self, values: list[Any], position: int) -> None:
         """Replace the tensor at one position by a number, if it is one. Waits for the device then."""
         with _lock:
             if position in self._positions:

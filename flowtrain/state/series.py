@@ -177,7 +177,7 @@ class Series(Container):
         if excess < keep:
             return
         if self._unread:
-            self._unread.settle(self._values)
+            self._unread.read_all(self._values)
         # New lists, because the snapshots of deferred events show the values of the present ones.
         self._steps, self._values = self._steps[excess:], self._values[excess:]
         self._unread, self._packed = Unread(), _Packed()
@@ -193,7 +193,7 @@ class Series(Container):
         if not self._steps:
             raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
         if self._unread:
-            self._unread.settle_one(self._values, len(self._values) - 1)
+            self._unread.read_one(self._values, len(self._values) - 1)
         return self._steps[-1], self._values[-1]
 
     @property
@@ -215,7 +215,7 @@ class Series(Container):
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps."""
         if self._unread:
-            self._unread.settle(self._values)
+            self._unread.read_all(self._values)
         return self._values[start:]
 
     def __twin__(self) -> ReadOnlySeries:
@@ -228,7 +228,7 @@ class Series(Container):
         # A long history of numbers is written and read much faster as tensors, and packed once: a checkpoint converts
         # the values since the one before, however long the series is.
         if self._unread:
-            self._unread.settle(self._values)
+            self._unread.read_all(self._values)
         packed = self._packed.grown(self._steps, self._values)
         if packed is None:
             packed = {"steps": packer.copy(self._steps, path), "values": packer.copy(self.since(0), path)}
@@ -287,7 +287,7 @@ class Series(Container):
 
     def _pair(self, position: int) -> tuple[int, Any]:
         if self._unread:
-            self._unread.settle(self._values)
+            self._unread.read_all(self._values)
         return self._steps[position], self._values[position]
 
     def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:

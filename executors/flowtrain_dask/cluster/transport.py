@@ -171,7 +171,7 @@ class ClusterTransport:
             failure[1].add_note("raised when the event was run again for the state, since the cluster was lost")
             raise failure[1]
 
-    def settle(self) -> Sequence[Entry]:
+    def restore_state(self) -> Sequence[Entry]:
         """Give the callbacks the saved state; return the log of the events since then."""
         if self._local is None and self._saved is not None:
             load_state(self._callbacks, self._shared_objects, self._saved)

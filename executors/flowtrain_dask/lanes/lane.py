@@ -306,7 +306,7 @@ class Lane:
         Returns:
             The events that this state has not seen, and how many of the first of them have their records in the sinks.
         """
-        seen = self._transport.settle()
+        seen = self._transport.restore_state()
         return [*seen, *self._queue.waiting()], sum(entry.sequence < self._records.next for entry in seen)
 
     def note_saved(self, events: int, nbytes: int) -> None:

@@ -170,7 +170,7 @@ class Transport(Protocol):
             Abandoned: `LaneContext.is_stopped` returned ``True``.
         """
 
-    def settle(self) -> Sequence[Entry]:
+    def restore_state(self) -> Sequence[Entry]:
         """Give the callbacks of this process a state that they had, without asking anyone, while the lane stands still.
 
         Returns:
@@ -235,7 +235,7 @@ class ThreadTransport:
     def bring_state_back(self, context: LaneContext) -> None:
         """Do nothing: the handlers have changed the callbacks themselves."""
 
-    def settle(self) -> Sequence[Entry]:
+    def restore_state(self) -> Sequence[Entry]:
         """Return no entry: the handlers have changed the callbacks themselves."""
         return ()
 

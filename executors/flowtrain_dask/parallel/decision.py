@@ -133,7 +133,7 @@ class Decision:
             else:
                 self._inline, self._parallel = [], []
                 self._use("racing", _RACE, self.race)
-        return timed.settle(failures, event, phase)
+        return timed.end_event(failures, event, phase)
 
     def race(self, event: Event, phase: Phase) -> None:
         """Run in parallel or inline, whichever was timed less often, and decide after each round of both."""
@@ -152,7 +152,7 @@ class Decision:
                 self._spent += sum(times)
                 self._costs = [min(pair) for pair in zip(self._costs, times, strict=True)]
                 self._end_round()
-        return timed.settle(failures, event, phase)
+        return timed.end_event(failures, event, phase)
 
     def look_again(self) -> None:
         """Have the plan measured again at its next firing, unless it was decided too short a time ago."""

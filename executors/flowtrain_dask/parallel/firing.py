@@ -267,7 +267,7 @@ class TimedPlan:
     """Runs one plan, inline or on strands, and times it.
 
     `inline` and `parallel` run the handlers and return the failures. The caller does its book-keeping and calls
-    `settle` last, because `settle` raises for the failures and fires the events that handlers asked for: it may raise,
+    `end_event` last, because that raises for the failures and fires the events that handlers asked for: it may raise,
     and it may fire the same event again.
 
     Args:
@@ -308,7 +308,7 @@ class TimedPlan:
         if self.busy:
             return self.serial(event, phase)
         _, failures = self.parallel(strands, event, phase)
-        return self.settle(failures, event, phase)
+        return self.end_event(failures, event, phase)
 
     @property
     def busy(self) -> bool:
@@ -336,7 +336,7 @@ class TimedPlan:
                 continue
             try:
                 planned.call(event, phase, planned.view)
-            except Exception as failure:  # a handler may raise anything; `settle` raises for all failures together
+            except Exception as failure:  # a handler may raise anything; `end_event` raises for all failures together
                 failures.append((planned, failure))
                 lost |= 1 << position
             except BaseException as interrupt:
@@ -368,7 +368,7 @@ class TimedPlan:
             self._site.requests.sort(key=lambda one: self._rank.get(one[0], len(self._rank)))
         return took, failures
 
-    def settle(self, failures: HandlerFailures, event: Event, phase: Phase) -> None:
+    def end_event(self, failures: HandlerFailures, event: Event, phase: Phase) -> None:
         """Raise for the failures, if there are any, then fire the events that handlers asked for.
 
         The list of failures is emptied. An exception holds the frames that it went through, and these hold the list,

@@ -62,7 +62,7 @@ class Cut(ReadOnlySeries):
         if first < self._start:
             self._refuse(f"since({start}) asks for values from position {first} on")
         if self._unread:
-            self._unread.settle(self._values)
+            self._unread.read_all(self._values)
         return self._values[first - self._first : self._length - self._first]
 
     def newest(self) -> Any:
@@ -79,7 +79,7 @@ class Cut(ReadOnlySeries):
             raise LookupError(f"{self._path} is empty: nothing has been recorded yet. Test len() first.")
         place = self._length - 1 - self._first
         if self._unread:
-            self._unread.settle_one(self._values, place)
+            self._unread.read_one(self._values, place)
         return self._steps[place], self._values[place]
 
     def _pair(self, position: int) -> tuple[int, Any]:

@@ -68,8 +68,8 @@ class Bench:
     def parallel(self) -> tuple[float, HandlerFailures]:
         return self.timed.parallel(self.strands, BatchEnd(), TrainingPhase())
 
-    def settle(self, failures: HandlerFailures) -> None:
-        self.timed.settle(failures, BatchEnd(), TrainingPhase())
+    def end_event(self, failures: HandlerFailures) -> None:
+        self.timed.end_event(failures, BatchEnd(), TrainingPhase())
 
 
 def fail(learner: LearnerView) -> None:
@@ -108,7 +108,7 @@ def test_inline_skips_what_depends_on_a_failure_and_times_only_what_ran(pool: St
     assert ran == ["C"]
     assert len(times) == 2, "the failed one, and C"
     assert names(failures) == [("A", "broken")]
-    assert bench.site.failures == [], "nothing is raised before it is settled"
+    assert bench.site.failures == [], "nothing is raised before the event ends"
 
 
 def test_inline_lets_an_interrupt_through(pool: StrandPool) -> None:
@@ -177,7 +177,7 @@ def test_events_are_drained_in_serial_order_of_who_fired_them(pool: StrandPool) 
     bench.site.fired.append(waiting)  # of an event outside of this one: it keeps its place
     _, failures = bench.parallel()
     assert bench.site.drained == []
-    bench.settle(failures)
+    bench.end_event(failures)
     [drained] = bench.site.drained
     assert drained[0] is waiting
     assert [event.number for _, event in drained if isinstance(event, Own)] == [0, 1, 2, 3, 4]
@@ -187,15 +187,15 @@ def test_events_are_drained_in_serial_order_of_who_fired_them(pool: StrandPool) 
 def test_what_inline_handlers_fire_is_drained_in_their_order(pool: StrandPool) -> None:
     bench = Bench(pool, A(lambda learner: learner.fire(Own(1))), B(lambda learner: learner.fire(Own(2))))
     _, failures = bench.inline()
-    bench.settle(failures)
+    bench.end_event(failures)
     [drained] = bench.site.drained
     assert [event.number for _, event in drained if isinstance(event, Own)] == [1, 2]
 
 
-def test_where_nothing_failed_and_nothing_was_fired_there_is_nothing_to_settle(pool: StrandPool) -> None:
+def test_where_nothing_failed_and_nothing_was_fired_there_is_nothing_to_do(pool: StrandPool) -> None:
     bench = Bench(pool, A(nothing), B(nothing), site=Raises())
     for _, failures in (bench.inline(), bench.parallel()):
-        bench.settle(failures)
+        bench.end_event(failures)
     assert bench.site.failures == []
     assert bench.site.drained == []
 
@@ -203,7 +203,7 @@ def test_where_nothing_failed_and_nothing_was_fired_there_is_nothing_to_settle(p
 def test_failures_are_told_and_what_was_fired_is_drained_where_they_do_not_raise(pool: StrandPool) -> None:
     bench = Bench(pool, A(fail), B(lambda learner: learner.fire(Own(1))))
     _, failures = bench.inline()
-    bench.settle(failures)
+    bench.end_event(failures)
     assert failures == [], "the list is emptied"
     assert [(name, str(failure)) for name, failure in bench.site.failures] == [("A", "broken")]
     assert len(bench.site.drained) == 1
@@ -214,7 +214,7 @@ def test_a_failure_that_raises_drains_nothing(pool: StrandPool) -> None:
     bench = Bench(pool, A(fail), B(lambda learner: learner.fire(Own(1))), site=Raises())
     _, failures = bench.inline()
     with pytest.raises(ValueError, match="broken"):
-        bench.settle(failures)
+        bench.end_event(failures)
     assert failures == []
     assert bench.site.drained == []
 
@@ -238,7 +238,7 @@ def test_no_frame_keeps_a_failure_alive(pool: StrandPool, way: str) -> None:
 
     def fire() -> None:
         _, failures = bench.inline() if way == "inline" else bench.parallel()
-        bench.settle(failures)
+        bench.end_event(failures)
 
     gc.disable()
     try:
