@@ -46,11 +46,11 @@ _MOST_FIRED = 10_000
 """The most events that handlers may fire after one event of the loop: with more, handlers fire each other endlessly."""
 
 
-_Carry: TypeAlias = Callable[[Sequence[CheckpointRequest]], None]
+_CarryOut: TypeAlias = Callable[[Sequence[CheckpointRequest]], None]
 """A function that carries out requests."""
 
 
-def _leave_out(requests: Sequence[CheckpointRequest]) -> None:
+def _carry_out_none(requests: Sequence[CheckpointRequest]) -> None:
     """Carry out no request."""
 
 
@@ -166,8 +166,8 @@ class Dispatch:
         self._callbacks: Callbacks | None = None
         self._by_type: dict[tuple[type[Event], type[Phase]], Runner | None] = {}
         self._draining = False
-        self._take: _Carry = _leave_out
-        self._drop: _Carry = _leave_out
+        self._take: _CarryOut = _carry_out_none
+        self._drop: _CarryOut = _carry_out_none
         self._queued = 0  # how many of `fired` were there before the current event, which a failure of it must not drop
         self._postponed: list[CheckpointRequest] = []  # requests at events that have ended, until all others have
         self._closed = False
@@ -181,7 +181,7 @@ class Dispatch:
         self._by_type.clear()
         self.runners.clear()
 
-    def carry_out_requests(self, take: _Carry = _leave_out, drop: _Carry = _leave_out) -> None:
+    def carry_out_requests(self, take: _CarryOut = _carry_out_none, drop: _CarryOut = _carry_out_none) -> None:
         """Carry out the requests of handlers by these functions from now on; without them no request has an effect.
 
         Args:
@@ -279,7 +279,7 @@ class Dispatch:
         self.runners.clear()
         self.mailbox.clear()
         self.drop_requests()
-        self._take = self._drop = _leave_out
+        self._take = self._drop = _carry_out_none
         self._callbacks = None
         del self.executor
 

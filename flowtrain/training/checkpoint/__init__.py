@@ -2,7 +2,7 @@
 
 `checkpoints` takes a checkpoint when a handler requests one, and resumes a fit from one. `contents` gathers the state
 of a learner and restores it. `changes` handles the changes that training has made to modules and optimizers and that no
-``state_dict`` holds: `attributes` records attributes, modes and hooks, `groups` the parameter groups of optimizers.
+``state_dict`` holds: `attributes` records attributes, modes and hooks, `parameter_groups` the groups of optimizers.
 `files` writes checkpoint files, complete or not at all; `reading` finds and reads them, and refuses damaged ones;
 `form` tells which contents are possible; `folder_lock` lets one process at a time train into a folder, whose owner
 `lock_file` names. `position` knows how far a fit is in its data, `rng` the states of the random number generators.

@@ -34,7 +34,7 @@ from flowtrain.training.checkpoint.attributes import (
     same,
     with_frozensets,
 )
-from flowtrain.training.checkpoint.groups import ParameterGroups, optimizer_name
+from flowtrain.training.checkpoint.parameter_groups import ParameterGroups, optimizer_name
 
 __all__ = ["Changes"]
 

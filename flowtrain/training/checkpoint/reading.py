@@ -48,8 +48,9 @@ JUDGED = 2
 IN_PIECES = 3
 """The version of a checkpoint with sharded tensors in files beside it (`flowtrain.training.checkpoint.shard_files`)."""
 
-_COMMENT, _MARK = struct.Struct("<H16s8s"), b"flowtrain crc32 "
-"""The comment of a checkpoint: the length of the rest in bytes, a mark, and the CRC-32 in hexadecimal digits."""
+_COMMENT, _MAGIC = struct.Struct("<H16s8s"), b"flowtrain crc32 "
+"""The comment of a checkpoint: the length of the rest in bytes, the bytes that name its format, and the CRC-32 in
+hexadecimal digits."""
 
 _ZIP_END, _END = b"PK\5\6", 22
 """The first bytes of the last record of a zip archive, and the length of that record without the comment."""
@@ -259,7 +260,7 @@ def _first_line(error: Exception) -> str:
 
 def comment(checksum: int) -> bytes:
     """Return the end of a checkpoint file, which replaces the empty comment of the archive that is before it."""
-    return _COMMENT.pack(_COMMENT.size - 2, _MARK, b"%08x" % checksum)
+    return _COMMENT.pack(_COMMENT.size - 2, _MAGIC, b"%08x" % checksum)
 
 
 def _check_sum(path: Path) -> None:
@@ -274,8 +275,8 @@ def _check_sum(path: Path) -> None:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - _END - _COMMENT.size + 2))
         end = file.read()
-        length, mark, wanted = _COMMENT.unpack(end[-_COMMENT.size :])
-        if end.startswith(_ZIP_END) and (length, mark) == (_COMMENT.size - 2, _MARK):
+        length, magic, wanted = _COMMENT.unpack(end[-_COMMENT.size :])
+        if end.startswith(_ZIP_END) and (length, magic) == (_COMMENT.size - 2, _MAGIC):
             file.seek(0)
             left, found = size - _COMMENT.size, 0
             while left:

@@ -189,9 +189,9 @@ class RankBatches:
         agreed = agreed_length([each for each, _, _ in found], what, self._uneven)
         if any(ended for _, ended, _ in found):
             return END_OF_DATA, None
-        marks = [each for _, _, each in found if each is not None]
-        if share is not None and len(marks) == len(found):
-            check_first_batches(marks, what, share)
+        compared = [each for _, _, each in found if each is not None]
+        if share is not None and len(compared) == len(found):
+            check_first_batches(compared, what, share)
         self._compared.add(phase)
         self._say(agreed.note)
         return held.pop(), agreed.most if agreed.certain else None
