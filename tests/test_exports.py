@@ -56,6 +56,19 @@ def test_a_name_without_an_underscore_is_exported(name: str) -> None:
     assert not forgotten, f"{name}: put {sorted(forgotten)} into __all__, or give each a name with an underscore"
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_no_docstring_only_points_elsewhere(name: str) -> None:
+    """An implementation of an interface says what it does itself: the interface cannot know."""
+    path = Path(str(importlib.import_module(name).__file__))
+    defined = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    pointing = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, defined) and re.match(r"See `[\w.]+`", ast.get_docstring(node) or "")
+    ]
+    assert not pointing
+
+
 def test_no_two_modules_export_a_class_of_one_name() -> None:
     """So a name in a docstring or an error means one thing."""
     homes: dict[str, list[str]] = {}
