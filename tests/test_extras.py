@@ -1,4 +1,4 @@
-"""Every extra works in an interpreter that sees only the packages that its install command brings.
+"""Every extra works in a process that sees only the packages that its install command brings.
 
 A folder of links to these packages stands for a fresh environment, and needs neither network nor time. Packages for
 other extras or for the tests are not in it, and no environment variable is set.
@@ -10,11 +10,14 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+
+from tests.support.programs import Programs
 
 pytestmark = pytest.mark.slow
 
@@ -214,22 +217,73 @@ def link(folder: Path, requirements: list[str]) -> None:
                 (folder / top).symlink_to(Path(str(distribution.locate_file(top))))
 
 
-def run_program(folder: Path, requirements: list[str], program: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that sees only flowtrain and the packages of the requirements."""
-    packages, here = folder / "packages", folder / "here"
+REQUIRED: list[str] = PROJECT["dependencies"]
+
+
+def make_packages(folder: Path, requirements: list[str]) -> Path:
+    """Return a new folder with flowtrain and the packages of the requirements."""
+    packages = folder / "packages"
     packages.mkdir()
-    here.mkdir()
     link(packages, requirements)
     for source in (ROOT / "flowtrain", ROOT / "executors" / "flowtrain_dask"):
         (packages / source.name).symlink_to(source)
-    (here / "program.py").write_text(program, "utf-8")
+    return packages
+
+
+class Forked:
+    """Forks programs from processes that have imported torch, and see what flowtrain requires without extras.
+
+    One of them sees numpy besides, since torch looks for it once, when it is imported.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._made: dict[bool, Programs] = {}
+
+    def with_numpy(self, numpy: bool) -> Programs:
+        """Return what forks those that see numpy, or the others."""
+        if numpy not in self._made:
+            (self._folder / str(numpy)).mkdir()
+            packages = make_packages(self._folder / str(numpy), [*REQUIRED, *(["numpy"] if numpy else [])])
+            self._made[numpy] = Programs("torch", "torch._dynamo", bare=True, packages=packages)
+        return self._made[numpy]
+
+    def close(self) -> None:
+        """End the processes that fork."""
+        for each in self._made.values():
+            each.close()
+
+
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """Forks the programs of this module."""
+    made = Forked(tmp_path_factory.mktemp("required"))
+    yield made
+    made.close()
+
+
+def run_program(folder: Path, packages: Path, program: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in an interpreter of its own that sees only these packages."""
+    (folder / "program.py").write_text(program, "utf-8")
     # -S: no site-packages. Workers of a cluster inherit the environment variables and the path of their parent.
     start = f"import runpy, sys; sys.path.append({str(packages)!r}); runpy.run_path('program.py', run_name='__main__')"
-    variables = {"PATH": "/usr/bin:/bin", "HOME": str(here)}
+    variables = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
     return subprocess.run(
         [sys.executable, "-S", "-B", "-c", start],
-        cwd=here, env=variables, capture_output=True, text=True, timeout=240, check=False,
+        cwd=folder, env=variables, capture_output=True, text=True, timeout=240, check=False,
     )  # fmt: skip
+
+
+def run_forked(folder: Path, packages: Path, program: str, forked: Forked) -> subprocess.CompletedProcess[str]:
+    """Run a program that sees only these packages, and finds torch imported."""
+    start = f"""
+import os, sys
+os.chdir({str(folder)!r})
+os.environ["HOME"] = os.getcwd()
+sys.path[:] = [each for each in sys.path if each != os.environ["PYTHONPATH"]] + [{str(packages)!r}]
+del os.environ["PYTHONPATH"]
+"""
+    return forked.with_numpy((packages / "numpy").exists()).run(start + program, seconds=240)
 
 
 def test_every_extra_is_tried() -> None:
@@ -237,13 +291,20 @@ def test_every_extra_is_tried() -> None:
 
 
 @pytest.mark.parametrize("extra", PROGRAMS)
-def test_an_extra_is_all_that_it_needs(extra: str, tmp_path: Path) -> None:
-    requirements = [*PROJECT["dependencies"], *EXTRAS.get(extra, [])]
-    done = run_program(tmp_path, requirements, PRELUDE + PROGRAMS[extra])
+def test_an_extra_is_all_that_it_needs(extra: str, tmp_path: Path, forked: Forked) -> None:
+    packages, here = make_packages(tmp_path, [*REQUIRED, *EXTRAS.get(extra, [])]), tmp_path / "here"
+    here.mkdir()
+    if extra == "dask":  # its workers import the program from its file
+        done = run_program(here, packages, PRELUDE + PROGRAMS[extra])
+    else:
+        done = run_forked(here, packages, PRELUDE + PROGRAMS[extra], forked)
     assert done.returncode == 0, done.stderr
     assert done.stdout == PRINTED[extra]
 
 
-def test_nothing_else_is_seen(tmp_path: Path) -> None:
-    done = run_program(tmp_path, PROJECT["dependencies"], "import torch, sys\nimport pytest")
+@pytest.mark.parametrize("fresh", [True, False])
+def test_nothing_else_is_seen(fresh: bool, tmp_path: Path, forked: Forked) -> None:
+    packages, here, program = make_packages(tmp_path, REQUIRED), tmp_path / "here", "import torch, sys\nimport pytest"
+    here.mkdir()
+    done = run_program(here, packages, program) if fresh else run_forked(here, packages, program, forked)
     assert done.stderr.rstrip().endswith("ModuleNotFoundError: No module named 'pytest'")

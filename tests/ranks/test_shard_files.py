@@ -221,22 +221,29 @@ def stopped(folder: str, number: int, point: str, on_rank: int, resume: str | No
         return full_state_dict(made.model)
 
 
+def continued(folders: list[str]) -> list[Any]:
+    """Train to the end in each folder, from what is in it; return the weights of all."""
+    return [stopped(folder, 9, "", 0, "auto", "") for folder in folders]
+
+
 KILLS = [("shards begun", 1), ("shards written", 1), ("shards renamed", 1), ("shards renamed", 0),
          ("checkpoint begun", 0), ("checkpoint written", 0), ("checkpoint renamed", 0)]  # fmt: skip
 
 
 def test_a_kill_during_a_save_leaves_the_last_checkpoint(ranks: Ranks, tmp_path: Path) -> None:
-    whole = ranks.values(stopped, str(tmp_path / "whole"), 9, "", 0, None, "")
-    for point, killed in KILLS:
-        folder = tmp_path / f"{point} {killed}"
+    folders = [tmp_path / f"{point} {killed}" for point, killed in KILLS]
+    for folder, (point, killed) in zip(folders, KILLS, strict=True):
         outcomes = ranks.run(stopped, str(folder), 3, point, killed, None, "kill")
         assert outcomes[killed].ended == "SIGKILL", outcomes
         assert outcomes[1 - killed].ended in ("RemoteError", "CheckpointError"), outcomes
         assert (folder / "latest").read_text() == "epoch-0001.ckpt\n"
-        resumed = ranks.values(stopped, str(folder), 9, "", 0, "auto", "")
-        assert differing(resumed[0], whole[0]) == []
+    # One pair of ranks goes on in all folders, one after the other, and trains from the start in a new one.
+    everywhere = [str(folder) for folder in [tmp_path / "whole", *folders]]
+    (whole, *resumed), _ = returned(ranks.run_on(2, 60, continued, everywhere))
+    for folder, weights in zip(folders, resumed, strict=True):
+        assert differing(weights, whole) == [], folder.name
         kept = [name for name in names(folder) if "shards" in name]
-        assert kept == [f"epoch-000{number}.*.shards" for number in (1, 2, 3)], point
+        assert kept == [f"epoch-000{number}.*.shards" for number in (1, 2, 3)], folder.name
 
 
 @pytest.mark.parametrize(("point", "full"), [("shards begun", 0), ("shards begun", 1), ("checkpoint begun", 0)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.distributed.run import parse_args
 
 from tests.support.logs import log_records
 from tests.support.programs import importing_the_same
+from tests.support.ranks import Ranks, returned
 
 pytestmark = pytest.mark.slow
 
@@ -130,17 +132,20 @@ def test_a_rank_that_fails_ends_the_program_with_its_reason(tmp_path: Path) -> N
     assert "RemoteError: rank 1: ValueError: only here" in done.stderr
 
 
-def test_torchrun_starts_killed_ranks_again_and_the_training_continues_to_the_bit(tmp_path: Path) -> None:
+def undisturbed(program: str, folder: str) -> None:
+    """Run the program on ranks that are not killed, and that torchrun has not started."""
+    sys.argv = [program, folder, ""]
+    runpy.run_path(program, run_name="__main__")
+
+
+def test_torchrun_starts_killed_ranks_again_and_the_training_continues_to_the_bit(ranks: Ranks, tmp_path: Path) -> None:
     """Rank 1 is killed in the second epoch, and in its second life the main rank in the third one."""
-    program = tmp_path / "program.py"
+    program, whole, killed = tmp_path / "program.py", tmp_path / "whole", tmp_path / "killed"
     program.write_text(KILLED)
-    for kills in ("", "1:7 0:13"):
-        done = torchrun(
-            str(program), str(tmp_path / f"run{kills[:1]}"), kills,
-            options=("--max-restarts", "2", "--monitor-interval", "0.1"),
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-    whole, killed = tmp_path / "run", tmp_path / "run1"
+    returned(ranks.run_on(2, 60, undisturbed, str(program), str(whole)))
+    options = "--max-restarts", "2", "--monitor-interval", "0.1"
+    done = torchrun(str(program), str(killed), "1:7 0:13", options=options)
+    assert done.returncode == 0, done.stderr
     assert (killed / "lives").read_text() == "012"
     for number in range(2):
         one, other = (torch.load(folder / f"{number}.pt") for folder in (whole, killed))

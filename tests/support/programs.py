@@ -76,11 +76,17 @@ class Programs:
     Args:
         modules: Names of modules that programs find imported, besides torch and flowtrain.
         bare: Whether they find only these modules imported, and cannot import flowtrain from here.
+        packages: A folder with all packages that bare programs can import. They have no environment variables but
+            the search path for commands.
     """
 
-    def __init__(self, *modules: str, bare: bool = False) -> None:
-        command = [sys.executable, "-P", str(Path(__file__).resolve()), *(() if bare else PREPARED), *modules]
+    def __init__(self, *modules: str, bare: bool = False, packages: Path | None = None) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        options = ["-P"]
+        if packages is not None:
+            options += ["-S", "-B"]  # without site-packages
+            environment = {"PATH": "/usr/bin:/bin", "HOME": str(packages), "PYTHONPATH": str(packages)}
+        command = [sys.executable, *options, str(Path(__file__).resolve()), *(() if bare else PREPARED), *modules]
         self._parent = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=environment if bare else importing_the_same(),

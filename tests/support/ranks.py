@@ -37,8 +37,12 @@ __all__ = ["Failure", "Outcome", "Ranks", "rank", "send"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_PREPARED = ("pytest", "torch._dynamo", "torch.distributed", "torch.nn.parallel", "tests.support.ranks")
-"""Modules that are imported before ranks are forked: `torch._dynamo` is imported by the first DDP, in seconds."""
+_PREPARED = (
+    "pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor",
+    "torch.nn.parallel", "tests.support.ranks",
+)  # fmt: skip
+"""Modules that are imported before ranks are forked: `torch._dynamo` is imported by the first DDP, in seconds, and
+others by the first batch of a sharded model."""
 
 
 @dataclass(frozen=True)
