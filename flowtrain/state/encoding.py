@@ -53,13 +53,13 @@ class Buffers:
         self._used = []
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a copy on the CPU."""
+        """Return a copy on the CPU of a tensor without a graph."""
         if not _is_plain(tensor) or tensor.nbytes < _LARGE:
-            return tensor.detach().to("cpu", copy=True)
+            return tensor.to("cpu", copy=True)
         free = self._free.get((tensor.shape, tensor.dtype))
         buffer = free.pop() if free else torch.empty(tensor.shape, dtype=tensor.dtype)
         self._used.append(buffer)
-        return buffer.copy_(tensor.detach())
+        return buffer.copy_(tensor)
 
     def clear(self) -> None:
         """Release the memory."""
@@ -86,8 +86,9 @@ class Packer:
     def __init__(self, pieces: list[Any] | None = None, buffers: Buffers | None = None) -> None:
         self.pieces = pieces
         self.buffers = Buffers() if buffers is None else buffers
-        # Each tensor is held with its clone: if it were freed, the next one could get its address.
-        self._clones: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        # By address, the tensors in that memory, each with its clone: if it were freed, the next one could get its
+        # address. The view tells them apart, and is asked for only if there are several, because that takes time.
+        self._clones: dict[Any, dict[Any, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._around: list[int] = []  # the ids of the containers that are being copied, from the outside inwards
 
     def copy(self, value: Any, owner: str, path: str = "") -> Any:
@@ -158,13 +159,19 @@ class Packer:
         """Return the copy of a tensor. Two objects that show the same elements, such as tied weights, have one copy."""
         plain = _plain(tensor, owner, path)
         place = tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
-        key: tuple[Any, ...] = (id(tensor),)
-        if place:
-            view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
-            key = (place, tensor.device, tensor.dtype, *view)
-        if key not in self._clones:
-            self._clones[key] = tensor, self.buffers.copy(plain)
-        return self._clones[key][1]
+        known = self._clones.setdefault(place or (id(tensor),), {})
+        if not known:
+            known[None] = tensor, self.buffers.copy(plain)
+            return known[None][1]
+        if not place:  # the same tensor: it is held, so no other one has its id
+            return known[None][1]
+        if None in known:
+            only = known.pop(None)
+            known[_view(only[0])] = only
+        key = _view(tensor)
+        if key not in known:
+            known[key] = tensor, self.buffers.copy(plain)
+        return known[key][1]
 
     def pack(self, value: Any, path: str) -> Any:
         """Return an entry of ``cbstate`` as a dict of one item, from its kind to its content in plain values.
@@ -186,6 +193,12 @@ class Packer:
         if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
             return {"object": self.copy(value.state_dict(), f"{path}.state_dict()")}
         return {"value": self.copy(value, path)}
+
+
+def _view(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Return what tells which elements of its memory a tensor shows, and how."""
+    shown = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.is_conj(), tensor.is_neg())
+    return (tensor.device, tensor.dtype, *shown)
 
 
 def _plain(tensor: torch.Tensor, owner: str, path: str) -> torch.Tensor:

@@ -19,7 +19,8 @@ __all__ = ["Pieces", "is_sharded", "own_part", "own_pieces", "shard_like", "whol
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Tell whether a tensor is a `DTensor`, of which this process holds a part."""
-    return hasattr(tensor, "full_tensor")
+    # Nearly all tensors are of these types, and to look for an attribute that is not there takes as long as a copy.
+    return type(tensor) not in (torch.Tensor, torch.nn.Parameter) and hasattr(tensor, "full_tensor")
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

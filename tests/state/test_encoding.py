@@ -31,6 +31,20 @@ def test_copies_are_nobody_elses_and_share_what_was_shared() -> None:
     assert copy["c"]["deep"][0].tolist() == [1]
 
 
+def test_each_view_of_one_memory_has_a_copy_of_its_own() -> None:
+    """They are told apart by the elements that they show, in whatever order they come; an equal view has the same."""
+    whole = torch.arange(4.0)
+    views = [whole[:2], whole.view(2, 2), whole[2:], whole.view(2, 2).T, whole[:2], whole.view(2, 2)]
+    empty = torch.empty(0)
+    copies = Packer().copy([*views, empty, empty], "x")
+    whole.zero_()
+    wanted = [[0, 1], [[0, 1], [2, 3]], [2, 3], [[0, 2], [1, 3]], [0, 1], [[0, 1], [2, 3]]]
+    assert [each.tolist() for each in copies[:6]] == wanted
+    assert copies[4] is copies[0]
+    assert copies[5] is copies[1]
+    assert copies[7] is copies[6]
+
+
 # --- buffers
 
 

@@ -64,8 +64,9 @@ ABSENT: Any = object()
 
 _MODULE = frozenset(vars(torch.nn.Module())) | {"_compiled_call_impl"}
 _OPTIMIZER = frozenset({"state", "param_groups", "found_inf", "grad_scale"})
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 _HOOKS = (
-    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks", "_post_accumulate_grad_hooks",
+    "_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", *_PARAMETER_HOOKS,
     "_optimizer_step_pre_hooks", "_optimizer_step_post_hooks",
 )  # fmt: skip
 
@@ -77,6 +78,8 @@ def key_text(key: Key) -> str:
 
 def without_compiled(name: str) -> str:
     """Return the name that a parameter or module has if no part of the model is compiled."""
+    if "_orig_mod" not in name:  # nearly always, and a checkpoint asks for the name of every parameter
+        return name
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
@@ -160,14 +163,14 @@ def record(owners: Mapping[str, Any], modes: Mapping[torch.nn.Module, bool]) -> 
         for name, param in each._parameters.items():
             if param is not None:
                 found["requires_grad", owner, name] = param.requires_grad
-                _add_hooks(found, owner, name, param)
+                _add_hooks(found, owner, name, param, _PARAMETER_HOOKS)
     return found
 
 
-def _add_hooks(found: dict[Key, Any], owner: str, name: str, each: Any) -> None:
+def _add_hooks(found: dict[Key, Any], owner: str, name: str, each: Any, kinds: tuple[str, ...] = _HOOKS) -> None:
     hooks = [
         f"{kind.strip('_').removesuffix('s')} {getattr(hook, '__qualname__', type(hook).__qualname__)}"
-        for kind in _HOOKS
+        for kind in kinds
         for hook in (getattr(each, kind, None) or {}).values()
     ]
     if hooks:
@@ -316,13 +319,15 @@ def same(one: Any, other: Any) -> bool:
 
     Objects without an ``__eq__`` of their own are the same only if they are identical.
     """
+    if one is other:
+        return True
     if isinstance(one, Object) and isinstance(other, Object):
         try:
             return one.value is other.value or bool(one.value == other.value)
         except Exception:  # an array compares item by item, and so has no single truth value
             return False
-    if one is other or type(one) is not type(other):
-        return one is other
+    if type(one) is not type(other):
+        return False
     if isinstance(one, dict):
         return same([*one.items()], [*other.items()])
     if isinstance(one, (list, tuple)):

@@ -88,9 +88,9 @@ class Changes:
     def _owners(self) -> dict[str, Any]:
         return find_owners(self._modules, self._objects)
 
-    def _now(self) -> dict[Key, Any]:
+    def _now(self, owners: Mapping[str, Any] | None = None) -> dict[Key, Any]:
         modes = self._core.modes.own() if self._core.modes is not None else {}
-        return record(self._owners(), modes)
+        return record(self._owners() if owners is None else owners, modes)
 
     # --- save
 
@@ -105,9 +105,9 @@ class Changes:
         Raises:
             CheckpointError: Training has replaced an object by another one, which no checkpoint can hold.
         """
-        began = self._beginning()
-        now = self._now()
-        new = {name for name, each in self._owners().items() if not isinstance(each, torch.nn.Module)} - self._owned
+        began, owners = self._beginning(), self._owners()
+        now = self._now(owners)
+        new = {name for name, each in owners.items() if not isinstance(each, torch.nn.Module)} - self._owned
         changed: list[dict[str, Any]] = []
         for key in {**began, **now}:
             before, value = began.get(key, ABSENT), now.get(key, ABSENT)

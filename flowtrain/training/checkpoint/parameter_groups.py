@@ -40,7 +40,8 @@ class ParameterGroups:
     def begin(self) -> None:
         """Record the groups as the script has built them. A later call has no effect."""
         if not self._built:
-            self._built = {name: self._now(name) for name in self._optimizers}
+            names = self._names()
+            self._built = {name: self._now(name, names) for name in self._optimizers}
 
     def _params(self) -> dict[str, torch.nn.Parameter]:
         return {
@@ -49,9 +50,12 @@ class ParameterGroups:
             for name, param in module.named_parameters()
         }
 
-    def _now(self, name: str) -> list[list[str]]:
+    def _names(self) -> dict[int, str]:
+        """Return the name of each parameter by its id."""
+        return {id(param): name for name, param in self._params().items()}
+
+    def _now(self, name: str, names: Mapping[int, str]) -> list[list[str]]:
         """Return the names of the parameters in each group of an optimizer, empty for a parameter of no module."""
-        names = {id(param): name for name, param in self._params().items()}
         groups = self._optimizers[name].param_groups
         return [[names.get(id(param), "") for param in group["params"]] for group in groups]
 
@@ -62,18 +66,18 @@ class ParameterGroups:
             CheckpointError: A handler has left a parameter in the optimizer that belongs to no module, or state of a
                 parameter that is in no group.
         """
-        self._check(name)
+        names = self._names()
+        self._check(name, names)
         self.begin()
-        return {"built": self._built[name], "now": self._now(name)}
+        return {"built": self._built[name], "now": self._now(name, names)}
 
-    def _check(self, name: str) -> None:
+    def _check(self, name: str, names: Mapping[int, str]) -> None:
         """Check that each parameter of an optimizer has a name, and that each parameter with state is in a group.
 
         Raises:
             CheckpointError: A parameter has no name, or a parameter with state is in no group.
         """
         optimizer = self._optimizers[name]
-        names = {id(param): name for name, param in self._params().items()}
         grouped = {id(param) for group in optimizer.param_groups for param in group["params"]}
         for number, group in enumerate(optimizer.param_groups):
             for param in group["params"]:
@@ -128,7 +132,7 @@ class ParameterGroups:
             saved: The entry of the optimizer in the checkpoint.
         """
         wanted = saved["groups"]["now"] if "groups" in saved else self._built[name]
-        if self._now(name) != wanted:
+        if self._now(name, self._names()) != wanted:
             optimizer, params = self._optimizers[name], self._params()
             optimizer.param_groups[:] = [
                 {**optimizer.defaults, "params": [params[each] for each in group]} for group in wanted
