@@ -44,7 +44,7 @@ ROUNDS = 30
 """How often each contender does each work; at least 30."""
 
 FLOOR = "by hand"
-STEPS = 1000
+STEPS = 500
 BESIDE = ("dask", "deferred")
 """The contenders for works with functions at the end of a batch only."""
 
@@ -161,8 +161,8 @@ WORKS: dict[str, Callable[[Path], Work]] = {
     "the loss of each batch recorded, and a bar": recorded,
     "digits with accuracy, 3 epochs": of_digits,
     "four callbacks that sleep 10 ms": partial(with_four, Sleep, 20),
-    "four callbacks that compress 80 kB": partial(with_four, Compress, 40),
-    "four callbacks that save the weights": partial(with_four, Save, 40),
+    "four callbacks that compress 80 kB": partial(with_four, Compress, 20),
+    "four callbacks that save the weights": partial(with_four, Save, 20),
 }
 
 

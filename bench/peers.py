@@ -1,6 +1,6 @@
 """The same work in other libraries, each in its own idiom and in the fastest ordinary configuration of it.
 
-``pip install -c constraints.txt -e ".[test,peers]"`` installs them; none is a requirement of flowtrain. All of them get
+``pip install -e ".[dask,peers,plot]"`` installs them; none is a requirement of flowtrain. All of them get
 the same batches, which are in memory, and the same network, loss, optimizer and functions at the end of a batch. Their
 checkpoints, sanity checks and summaries are off, and so are their logs and bars where the work has none. Each function
 imports its library when it is called, and returns a function that trains for all epochs of the work.
@@ -274,8 +274,8 @@ def skorch(work: Work) -> Made:
     return lambda: net.partial_fit(data, None)
 
 
-def _iterator(dataset: Any, **options: Any) -> Iterator[Any]:
-    return iter(dataset.data)
+def _iterator(dataset: Any, **options: Any) -> _Loader:
+    return _Loader(dataset.data)  # skorch makes one for all epochs
 
 
 def torchtnt(work: Work) -> Made:

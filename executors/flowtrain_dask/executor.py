@@ -303,10 +303,11 @@ class DaskExecutor:
 
     def _wrapped(self, route: Route, runner: Runner) -> Runner:
         """Return a runner that also clears shared copies after a firing, and has plans measured and compiled again."""
+        inline = runner if route.decision is None else route.decision.serial
         if route.shared is not None:
-            runner = forgetting_copies(runner, route.shared)
+            runner, inline = (forgetting_copies(each, route.shared) for each in (runner, inline))
         if not route.settled:
-            runner = self._measuring(runner)
+            runner = self._measuring(route, runner, inline)
         if not issubclass(route.plan.event_type, EpochBegin):
             return runner
 
@@ -317,14 +318,26 @@ class DaskExecutor:
 
         return begin
 
-    def _measuring(self, runner: Runner) -> Runner:
-        """Return a runner of a plan whose callbacks are measured, which has plans compiled again after a decision."""
-        stale = self._deferred.stale
+    def _measuring(self, route: Route, runner: Runner, inline: Runner) -> Runner:
+        """Return a runner of a plan whose callbacks are measured, which has plans compiled again after a decision.
+
+        While events of the plan divide the rounds of a race of lanes, they run inline. In parallel, the handler that
+        divides the rounds is called earlier, so that one round would be shorter and the next one longer.
+        """
+        deferred, made, plan = self._deferred, route.decision, route.plan
 
         def run(event: Event, phase: Phase) -> None:
             """Run the event."""
-            runner(event, phase)
-            if stale:
+            if deferred.divides_race(plan):
+                inline(event, phase)
+            elif made is None or made.mode not in ("racing", "parallel"):
+                runner(event, phase)
+            else:
+                try:
+                    runner(event, phase)
+                finally:
+                    deferred.begin_races_later(plan)
+            if deferred.stale:
                 self._compile_stale()
 
         return run

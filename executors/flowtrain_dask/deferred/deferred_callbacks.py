@@ -165,6 +165,15 @@ class DeferredCallbacks:
         """Return the measured seconds that handlers of deferrable callbacks cost the event of a plan, by position."""
         return {} if self._placements is None else self._placements.costs(plan)
 
+    def divides_race(self, plan: Plan) -> bool:
+        """Return whether the events of a plan divide the rounds of a race of lanes, or will do so."""
+        return self._placements is not None and self._placements.divides_race(plan)
+
+    def begin_races_later(self, plan: Plan) -> None:
+        """Let no round of a race of lanes begin with the last event of a plan."""
+        if self._placements is not None:
+            self._placements.begin_races_later(plan)
+
     def look_again(self) -> None:
         """Have callbacks measured again whose place was decided on long ago."""
         if self._placements is not None:

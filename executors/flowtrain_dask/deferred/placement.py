@@ -83,7 +83,7 @@ class Placement:
         deferred: Whether events go to the lane now.
         anchor: The times of the handler whose events divide the rounds of a race; ``None`` if none is to come or runs.
         race: The race in which the lane takes part, or has taken part last.
-        last: When the anchor was last called; 0 if it has not been called since it became the anchor.
+        last: When the anchor was last called; 0 if no round can begin with that call.
         alone: Whether the next race of the lane is without others.
     """
 
@@ -296,6 +296,10 @@ class Placement:
         for times in self._times.values():
             times.wanted = False
         self._compile_all()
+
+    def divides_race(self, plan: PlanKey) -> bool:
+        """Return whether the events of a plan divide the rounds of a race of this lane, or will do so."""
+        return self.mode in ("waiting", "racing") and self.anchor is not None and self.anchor.plan == plan
 
     def look_again(self) -> None:
         """Have the callbacks measured again, unless they were a short time ago."""

@@ -189,6 +189,16 @@ class Placements:
         }
         return {at: seconds for at, seconds in found.items() if seconds is not None}
 
+    def divides_race(self, plan: Plan) -> bool:
+        """Return whether the events of a plan divide the rounds of a race of lanes, or will do so."""
+        return any(placement.divides_race(_key(plan)) for placement in self.placements)
+
+    def begin_races_later(self, plan: Plan) -> None:
+        """Let no round of a race of lanes begin with the last event of a plan."""
+        for placement in self.placements:
+            if placement.divides_race(_key(plan)):
+                placement.last = 0.0
+
     def look_again(self) -> None:
         """Have callbacks measured again whose place was decided on long ago."""
         for placement in self.placements:

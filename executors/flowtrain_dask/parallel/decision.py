@@ -114,6 +114,11 @@ class Decision:
         return tuple(self._costs)
 
     @property
+    def serial(self) -> Runner:
+        """Runs the plan as the serial executor does, and measures nothing."""
+        return self._timed.serial
+
+    @property
     def first(self) -> Runner:
         """The first runner of the plan."""
         return self.measure if self.mode == "measuring" else self.race

@@ -84,8 +84,8 @@ def placements_of(learner: Learner) -> list[Placement]:
 def timed(clock: Clock, *callbacks: Callback, **options: Any) -> Learner:
     """Return a learner whose placements have this clock, on which a batch takes 10 ms.
 
-    Its handlers run in serial order: otherwise a race of an event in parallel, by the real clock, would move the ends
-    of the rounds between the handlers.
+    Its handlers run in serial order: otherwise a race of an event in parallel, by the real clock, would decide whether
+    the first round of a lane's race begins with the second event or with the third.
     """
     chosen: dict[str, Any] = {"executor": DaskExecutor(parallel="never"), "n_batches": 60, **options}
     learner = tiny_learner(Tick(clock, 0.010), *callbacks, **chosen)
@@ -180,6 +180,50 @@ def test_callbacks_of_one_event_race_together_and_the_frequent_ones_first() -> N
 
 def places_of(learner: Learner) -> dict[str, str]:
     return {each.lane: each.where for each in learner.executor.report().places}  # type: ignore[attr-defined]  # dask's
+
+
+class Sleeps(Costs):
+    """Takes a millisecond of the real clock too, so that its event is raced in parallel."""
+
+    @on(BatchEnd, TrainingPhase)
+    def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        time.sleep(0.001)
+        super().act(event, phase, learner)
+
+
+class Before(Sleeps):
+    """Costs time before the deferrable callback in serial order, and after it in parallel."""
+
+    deferrable = False
+
+    @on(BatchEnd, TrainingPhase)
+    def act(self, event: BatchEnd, phase: TrainingPhase, learner: LearnerView) -> None:
+        time.sleep(0.001)
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.001)
+            self.places.append("strand")
+        self.clock.now += self.seconds
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("holds_lock", [False, True])
+def test_an_event_that_is_raced_in_parallel_does_not_shift_the_rounds_of_a_lane(holds_lock: bool, known: bool) -> None:
+    """Each round has one call of each handler, whether the handlers run in serial order or at the same time."""
+    with tiny_learner(alone := Costs(Clock(), 0.0), n_batches=60) as learner:
+        learner.fit(1)
+    for _ in range(1 + known):  # the event of the second learner may begin in parallel
+        clock = Clock()
+        two = [Sleeps(clock, 0.005, f"costly{number}", holds_lock=holds_lock) for number in range(2)]
+        before = Before(clock, 0.010, "before")
+        with timed(clock, before, *two, executor=DaskExecutor()) as learner:
+            learner.fit(1)
+            race = placements_of(learner)[0].race
+            assert race is not None
+            assert race.here == pytest.approx([0.030] * len(race.here))
+            assert race.there == pytest.approx([0.030 if holds_lock else 0.020] * len(race.there))
+            assert set(places_of(learner).values()) == {"in place" if holds_lock else "lane"}
+        assert "strand" in before.places, "the event was raced too"
+        assert [each.losses for each in two] == [alone.losses] * 2, "each snapshot is that of its event"
 
 
 def test_callbacks_that_gain_little_each_are_in_their_lanes_after_one_race() -> None:
