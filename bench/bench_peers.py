@@ -1,8 +1,9 @@
 """The same work by hand, in flowtrain and in other libraries, timed in turns in one run.
 
-Run ``python -m bench.bench_peers`` from the root of the checkout; ``--pictures FOLDER`` also draws the results. Each
-contender has a process of its own, so that no library changes another, and one process works at a time: round by round
-each contender does the work once. A library that is not installed, or fails, is left out with a line that says so.
+Run ``python -m bench.bench_peers`` from the root of the checkout; ``--draw RESULTS FOLDER`` draws the tables in a file
+of results. Each contender has a process of its own, so that no library changes another, and one process works at a
+time: round by round each contender does the work once. A library that is not installed, or fails, is left out with a
+line that says so.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import gc
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -32,7 +34,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bench.bench_loop import BATCH, FEATURES, batches, digits, model_of
-from bench.pairs import Figure, Report, figure, ratios
+from bench.pairs import Figure, Report, figure
 from bench.peers import PEERS, AtEnd, Made, Work
 from flowtrain import BatchEnd, Callback, Learner, LearnerView, Read, TrainingPhase, on
 from flowtrain.callbacks import Metrics
@@ -53,23 +55,23 @@ def main() -> None:
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--rounds", type=int, default=ROUNDS)
     arguments.add_argument("--only", nargs="*", choices=sorted({*WORKS, "import"}), default=[*WORKS, "import"])
-    arguments.add_argument("--pictures", metavar="FOLDER", help="draw the results into this folder")
+    arguments.add_argument("--draw", nargs=2, type=Path, metavar=("RESULTS", "FOLDER"), help="draw a file of results")
     arguments.add_argument("--contender", help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
     if chosen.contender:
         serve(CONTENDERS[chosen.contender])
         return
+    if chosen.draw:
+        draw(*chosen.draw)
+        return
     known = {name: distribution for name, (distribution, _) in PEERS.items() if installed(name, distribution)}
     packages = ("torch", "dask", "rich", *known.values())
     report = Report("Peers", "python -m bench.bench_peers", "the loop by hand in the same file", packages=packages)
-    found: dict[str, dict[str, Figure]] = {}
     with Processes([name for name in CONTENDERS if name in known or name not in PEERS]) as processes:
         for name in [name for name in WORKS if name in chosen.only]:
-            found[name] = compare(report, name, processes, chosen.rounds)
+            compare(report, name, processes, chosen.rounds)
     if "import" in chosen.only:
         imports(report, known, chosen.rounds)
-    if chosen.pictures:
-        draw(found, Path(chosen.pictures))
 
 
 def installed(name: str, distribution: str) -> bool:
@@ -80,20 +82,17 @@ def installed(name: str, distribution: str) -> bool:
     return done.returncode == 0
 
 
-def compare(report: Report, name: str, processes: Processes, rounds: int) -> dict[str, Figure]:
-    """Time one work in all contenders, print a line for each, and return their ratios to the floor."""
+def compare(report: Report, name: str, processes: Processes, rounds: int) -> None:
+    """Time one work in all contenders, and print a line for each."""
     work = WORKS[name](Path())
     names = [each for each in processes.names if work.at_end or each not in BESIDE]
     seconds = processes.time(name, names, rounds)
-    found: dict[str, Figure] = {}
     for contender, times in seconds.items():
         if contender == FLOOR:
             continue
         pairs = list(zip(seconds[FLOOR], times, strict=True))
         shown = contender if contender in PEERS else f"flowtrain, {contender}"
         report.ratio(f"{name}: {shown}", pairs, None, steps=work.batches)
-        found[shown] = ratios(pairs)
-    return found
 
 
 # --- the works
@@ -160,9 +159,9 @@ WORKS: dict[str, Callable[[Path], Work]] = {
     f"no callbacks, a {FEATURES}-128-10 network, batch {BATCH}": pure,
     "the loss of each batch recorded, and a bar": recorded,
     "digits with accuracy, 3 epochs": of_digits,
-    "four callbacks that sleep 10 ms": partial(with_four, Sleep, 20),
-    "four callbacks that compress 80 kB": partial(with_four, Compress, 20),
-    "four callbacks that save the weights": partial(with_four, Save, 20),
+    "four callbacks that sleep 10 ms": partial(with_four, Sleep, 12),
+    "four callbacks that compress 80 kB": partial(with_four, Compress, 12),
+    "four callbacks that save the weights": partial(with_four, Save, 12),
 }
 
 
@@ -386,12 +385,16 @@ def imports(report: Report, known: Mapping[str, str], rounds: int) -> None:
 # --- the pictures
 
 
-def draw(found: Mapping[str, Mapping[str, Figure]], folder: Path) -> None:
-    """Draw the ratios to the loop by hand: of the works without functions at the end of a batch, and of the others."""
-    four = [name for name in found if name.startswith("four ")]
-    for file, names in (("peers-loop.svg", [name for name in found if name not in four]), ("peers-four.svg", four)):
-        if names:
-            bars({name: found[name] for name in names}, folder / file)
+def draw(results: Path, folder: Path) -> None:
+    """Draw the ratios to the loop by hand in a file of results: of the works with four callbacks, and of the others."""
+    row = re.compile(r"\| (.+): (.+?) \|.*\| ([\d.]+) \[([\d.]+), ([\d.]+)\] \|")
+    found: dict[str, dict[str, Figure]] = {}
+    for line in results.read_text("utf-8").splitlines():
+        if (read := row.match(line)) is not None and read[1] in WORKS:
+            found.setdefault(read[1], {})[read[2]] = Figure(*map(float, read.groups()[2:]))
+    four = [name for name in WORKS if name.startswith("four ")]
+    for file, names in (("peers-loop.svg", [name for name in WORKS if name not in four]), ("peers-four.svg", four)):
+        bars({name: found[name] for name in names if name in found}, folder / file)
 
 
 def bars(found: Mapping[str, Mapping[str, Figure]], path: Path) -> None:
@@ -402,10 +405,10 @@ def bars(found: Mapping[str, Mapping[str, Figure]], path: Path) -> None:
     grey, ours, others = "#768390", "#2f7de1", "#9aa4b2"
     matplotlib.rcParams["svg.fonttype"] = "none"  # the texts stay texts
     matplotlib.rcParams["svg.hashsalt"] = path.name  # the same results give the same file
-    figure_ = Picture(figsize=(9, 0.32 * max(map(len, found.values())) + 0.9), layout="constrained")
-    for axes, (work, bars_) in zip(figure_.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
-        names = sorted(bars_, key=lambda name: -bars_[name].median)
-        lengths = [bars_[name].median for name in names]
+    picture = Picture(figsize=(10, 0.28 * max(map(len, found.values())) + 0.9), layout="constrained")
+    for axes, (work, libraries) in zip(picture.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        names = sorted(libraries, key=lambda name: -libraries[name].median)
+        lengths = [libraries[name].median for name in names]
         drawn = axes.barh(names, lengths, color=[ours if "flowtrain" in name else others for name in names])
         axes.bar_label(drawn, [f"{length:.2f}" for length in lengths], padding=3, color=grey, fontsize=8)
         axes.axvline(1, color=grey, linewidth=0.8, linestyle=":")
@@ -415,7 +418,7 @@ def bars(found: Mapping[str, Mapping[str, Figure]], path: Path) -> None:
         axes.xaxis.set_visible(False)
         axes.spines[:].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure_.savefig(path, transparent=True, metadata={"Date": None})
+    picture.savefig(path, transparent=True, metadata={"Date": None})
 
 
 if __name__ == "__main__":

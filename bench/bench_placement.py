@@ -1,7 +1,7 @@
 """The cost of ``executor="dask"`` where the executor decides by itself: cheap callbacks, and callbacks that wait.
 
 Run ``python -m bench.bench_placement`` from the root of the checkout. ``--only`` chooses a part. The first epoch, in
-which the executor measures, is not timed. The times are wall times.
+which the executor measures, is not timed, except for short fits. The times are wall times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.bench_lanes import Batches, batches, cluster, epochs_in_turns, learner_of, width_of
-from bench.pairs import Report, figure, median
+from bench.pairs import Report, figure, median, seconds
 from flowtrain import Access, BatchEnd, Callback, Learner, LearnerView, Phase, Read, TrainingPhase, on
 from flowtrain.callbacks import LogMetrics
 from flowtrain.graph.executor import Executor
@@ -28,11 +28,11 @@ STEP = 4e-3
 
 def main() -> None:
     arguments = argparse.ArgumentParser()
-    arguments.add_argument("--only", choices=("cheap", "metrics", "waiting"), help="one part of it")
+    arguments.add_argument("--only", choices=("cheap", "metrics", "waiting", "short"), help="one part of it")
     chosen = arguments.parse_args()
     command = "python -m bench.bench_placement" + (f" --only {chosen.only}" if chosen.only else "")
     report = Report("Placement", command, "as each line says", packages=("torch", "dask", "distributed"))
-    for name, part in (("cheap", cheap), ("metrics", metrics), ("waiting", waiting)):
+    for name, part in (("cheap", cheap), ("metrics", metrics), ("waiting", waiting), ("short", short)):
         if chosen.only in (None, name):
             part(report)
 
@@ -102,28 +102,49 @@ class Waits(Callback):
         time.sleep(SLEEP)
 
 
+WAYS: Sequence[tuple[str, bool, Callable[[], str | Executor], Callable[[float, float], float]]] = (
+    ("in parallel; floor: the step and one sleep", False, DaskExecutor, lambda step, sleep: step + sleep),
+    ('deferrable, `executor="dask"`; floor: the longer of step and sleep', True, DaskExecutor, max),
+    ("deferred from the first event on; the same floor", True, partial(DaskExecutor, defer="always"), max),
+)
+"""What is compared, whether the callbacks are deferrable, the executor, and the floor from step and sleep."""
+
+
+def sleeping(width: int, data: Batches, deferrable: bool, executor: Callable[[], str | Executor]) -> Learner:
+    return learner_of(width, data, [Waits(deferrable=deferrable) for _ in range(4)], executor())
+
+
 def waiting(report: Report) -> None:
     """Compare four callbacks that sleep with the least time that they can take."""
     width, data = width_of(STEP), batches(40)
+    for what, deferrable, executor, floor in WAYS:
+        made = [partial(learner_of, width, data, (), "serial"), partial(sleeping, width, data, deferrable, executor)]
+        against_floor(report, f"4 ms step, four callbacks that sleep 10 ms, {what}", epochs_in_turns(made, 30), floor)
 
-    def sleeping(deferrable: bool, executor: Callable[[], str | Executor]) -> Learner:
-        return learner_of(width, data, [Waits(deferrable=deferrable) for _ in range(4)], executor())
 
-    ways: Sequence[tuple[str, bool, Callable[[], str | Executor], Callable[[float, float], float]]] = (
-        ("in parallel; floor: the step and one sleep", False, DaskExecutor, lambda step, sleep: step + sleep),
-        ('deferrable, `executor="dask"`; floor: the longer of step and sleep', True, DaskExecutor, max),
-        ("deferred from the first event on; the same floor", True, partial(DaskExecutor, defer="always"), max),
-    )
-    for what, deferrable, executor, floor in ways:
-        made = [partial(learner_of, width, data, (), "serial"), partial(sleeping, deferrable, executor)]
-        times = epochs_in_turns(made, 30)
-        bounds = [floor(step, SLEEP) for step, _ in times]
-        found = figure([ours / bound for (_, ours), bound in zip(times, bounds, strict=True)])
-        report.row(
-            f"4 ms step, four callbacks that sleep 10 ms, {what}",
-            f"{statistics.median(bounds) * 1e6:.1f} µs", f"{median(times, 1) * 1e6:.1f} µs", found.text(), "1.10",
-            reached=found.median <= 1.1,
-        )  # fmt: skip
+def short(report: Report) -> None:
+    """Compare the same in the first fit of a new learner, of 20 steps, with what the process has measured before."""
+    width, data = width_of(STEP), batches(20)
+
+    def first_fit(make: Callable[[], Learner]) -> float:
+        with make() as learner:
+            return seconds(partial(learner.fit, 1)) / len(data)
+
+    for what, deferrable, executor, floor in WAYS:
+        made = [partial(learner_of, width, data, (), "serial"), partial(sleeping, width, data, deferrable, executor)]
+        times = [tuple(map(first_fit, made)) for _ in range(31)][1:]
+        against_floor(report, f"a first fit of 20 such steps with four such callbacks, {what}", times, floor)
+
+
+def against_floor(
+    report: Report, what: str, times: Sequence[tuple[float, ...]], floor: Callable[[float, float], float]
+) -> None:
+    bounds = [floor(step, SLEEP) for step, _ in times]
+    found = figure([ours / bound for (_, ours), bound in zip(times, bounds, strict=True)])
+    report.row(
+        what, f"{statistics.median(bounds) * 1e6:.1f} µs", f"{median(times, 1) * 1e6:.1f} µs", found.text(), "1.10",
+        reached=found.median <= 1.1,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
