@@ -394,7 +394,8 @@ def draw(results: Path, folder: Path) -> None:
             found.setdefault(read[1], {})[read[2]] = Figure(*map(float, read.groups()[2:]))
     four = [name for name in WORKS if name.startswith("four ")]
     for file, names in (("peers-loop.svg", [name for name in WORKS if name not in four]), ("peers-four.svg", four)):
-        bars({name: found[name] for name in names if name in found}, folder / file)
+        if shown := {name: found[name] for name in names if name in found}:
+            bars(shown, folder / file)
 
 
 def bars(found: Mapping[str, Mapping[str, Figure]], path: Path) -> None:
