@@ -28,10 +28,9 @@ from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.deferred_callbacks import DeferredCallbacks
 from flowtrain_dask.deferred.preparing import Defer, Options, check_choice
-from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import Report
-from flowtrain_dask.lanes.transport import OnLoss
+from flowtrain_dask.lanes.transport import OnError, OnLoss
 from flowtrain_dask.parallel.decision import Decision
 from flowtrain_dask.parallel.firing import POOL_CLOSED, StrandPool, TimedPlan
 from flowtrain_dask.parallel.strands import needs_training_thread

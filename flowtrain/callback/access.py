@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, Union
 
 from flowtrain.errors import AccessError
-from flowtrain.errors.arguments import is_a
+from flowtrain.errors.arguments import is_a, is_whole
 from flowtrain.errors.describing import nearest
 
 __all__ = [
@@ -34,11 +34,14 @@ __all__ = [
     "Read",
     "Reduction",
     "Write",
+    "at_event",
     "canonical",
     "collective",
     "declare",
     "dotted",
     "granted",
+    "lag_of",
+    "lags_of",
     "merged",
     "overlap",
     "render",
@@ -112,15 +115,31 @@ class Write:
     Args:
         broadcast: After the handler every rank gets the value that the main rank has at the path. In one process this
             does nothing.
+        lag: After how many events, of the type and phase of the handler's event, the write arrives: before that event
+            runs any handler. This is for handlers of a deferrable callback, which may take as long as that, and for
+            entries of ``cbstate``. ``None``: the write is made at once.
 
     Raises:
-        AccessError: `broadcast` is neither ``True`` nor ``False``.
+        AccessError: An argument has a wrong value, or two arguments exclude each other.
     """
 
     broadcast: bool = False
+    lag: int | None = None
 
     def __post_init__(self) -> None:
         _check_flags(self, "broadcast")
+        if self.lag is None:
+            return
+        if not is_whole(self.lag) or self.lag < 1:
+            raise AccessError(
+                f"Write(lag={self.lag!r}): lag is after how many events the write arrives, a whole number of at least "
+                f"1. Write Write(lag=1), or Write() for a write that is made at once."
+            )
+        if self.broadcast:
+            raise AccessError(
+                f"{self!r}: a write that arrives later is not sent to other ranks, since every rank makes it itself. "
+                f"Write Write(lag={self.lag}) or Write(broadcast=True)."
+            )
 
     def __repr__(self) -> str:
         return _render_access(self)
@@ -192,8 +211,10 @@ def declare(access: Access, owner: str) -> Declaration:
                 f"Name it {dotted((path[0], path[1].lstrip('_'), *path[2:]))!r}."
             )
         _check_collective(path, kind, strongest.get(path), owner)
+        _check_lag(path, kind, owner)
         strongest[path] = _stronger(strongest.get(path), kind)  # a path may be there twice: dotted and nested
     _check_covering(strongest, owner)
+    _check_lags(strongest, owner)
     return tuple(sorted(strongest.items(), key=lambda item: item[0]))
 
 
@@ -264,6 +285,28 @@ def _check_covering(declared: Mapping[Path, Read | Write], owner: str) -> None:
                 )
 
 
+def _check_lag(path: Path, kind: Read | Write, owner: str) -> None:
+    """Check that a write that arrives later is one to an entry of ``cbstate``."""
+    if lag_of(kind) is not None and (path[0] != "cbstate" or len(path) < 2):
+        raise AccessError(
+            f"{owner} declares {dotted(path)!r}: {kind!r}. Only entries of cbstate, named one by one, can be written "
+            f'with a lag: training itself uses all other state at once. Write {{"cbstate.scores": {kind!r}}} and read '
+            f"that entry where the value is needed."
+        )
+
+
+def _check_lags(declared: Mapping[Path, Read | Write], owner: str) -> None:
+    """Check that one handler writes nothing with two lags, or both with a lag and at once."""
+    for path, kind in declared.items():
+        for other, access in declared.items():
+            below = path != other and path == other[: len(path)]
+            if below and isinstance(kind, Write) and isinstance(access, Write) and kind.lag != access.lag:
+                raise AccessError(
+                    f"{owner} declares {dotted(path)!r}: {kind!r}, and {dotted(other)!r}: {access!r}, which is a part "
+                    f"of it. What is written there would have two lags. Leave one of them out."
+                )
+
+
 def _flatten(access: object, prefix: Path, owner: str) -> Iterator[tuple[Path, Read | Write]]:
     """Yield the paths of a nested declaration with their access; `prefix` is the path of `access` itself."""
     if not isinstance(access, Mapping):
@@ -290,7 +333,10 @@ def _stronger(one: Read | Write | None, other: Read | Write) -> Read | Write:
     if one is None or one == other:
         return other
     if isinstance(one, Write) or isinstance(other, Write):
-        return Write(any(isinstance(each, Write) and each.broadcast for each in (one, other)))
+        writes = [each for each in (one, other) if isinstance(each, Write)]
+        # A write that one of two handlers makes at once is made at once by their union, which `setup` gets.
+        lags = [each.lag for each in writes if each.lag is not None]
+        return Write(any(each.broadcast for each in writes), min(lags) if len(lags) == len(writes) else None)
     # A read that is optional for one of two handlers is still required by the other. A value of this rank alone is
     # what both handlers can get where only one of them asks for the values of all ranks.
     both = Read(optional=one.optional and other.optional, full=one.full or other.full)
@@ -330,6 +376,29 @@ def granted(declaration: Declaration, path: Path) -> Read | Write | None:
         if path[: len(declared)] == declared:
             strongest = _stronger(strongest, kind)
     return strongest
+
+
+def lag_of(kind: Read | Write) -> int | None:
+    """Return after how many events a write arrives; ``None`` for a write that is made at once, and for a read."""
+    return kind.lag if isinstance(kind, Write) else None
+
+
+def lags_of(declaration: Declaration) -> dict[Path, int]:
+    """Return the paths that a handler writes with a lag, each with the lag.
+
+    >>> lags_of(declare({"batch.loss": Read(), "cbstate.scores": Write(lag=2)}, "example"))
+    {('cbstate', 'scores'): 2}
+    """
+    return {path: lag for path, kind in declaration if (lag := lag_of(kind)) is not None}
+
+
+def at_event(declaration: Declaration) -> Declaration:
+    """Return what a handler does to the state at its own event: a write with a lag only reads there.
+
+    >>> render(at_event(declare({"cbstate.scores": Write(lag=2)}, "example")))
+    '{"cbstate.scores": Read(optional=True)}'
+    """
+    return tuple((path, kind if lag_of(kind) is None else Read(optional=True)) for path, kind in declaration)
 
 
 def dotted(path: Path) -> str:

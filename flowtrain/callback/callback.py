@@ -47,7 +47,8 @@ class Callback:
         backends: The logging backends (`flowtrain.logging.LoggerBackend`) that the handlers log to. A callback may keep
             backends in other attributes as well: `flowtrain.graph.held_backends` finds them all.
         deferrable: Whether the handlers only consume, so that an executor may run them later and elsewhere, on a
-            snapshot of the declared state. A deferrable callback declares no `Write` except on resources.
+            snapshot of the declared state. A deferrable callback declares no `Write` except on resources, and
+            ``Write(lag=n)`` on entries of ``cbstate``, which arrives n events later.
         durable: Whether every event of the callback must be processed: an executor that runs it later then waits, and
             drops no event, when events come faster than the callback handles them.
         access_argument: The declaration that a user passed as ``access=`` to a callback that calls a function of the

@@ -12,16 +12,29 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flowtrain.callback.access import granted
 from flowtrain.callback.events import Event
 from flowtrain.errors import UsageError
 from flowtrain.errors.arguments import is_a
 
-__all__ = ["NO_REQUEST", "POINTERS", "CheckpointRequest", "LearnerView"]
+__all__ = ["NO_REQUEST", "POINTERS", "Arrived", "CheckpointRequest", "LearnerView"]
 
 POINTERS = ("latest", "best")
 """The names of the files that name a checkpoint of their folder."""
+
+
+class Arrived(NamedTuple):
+    """The event that a value belongs to which was written with ``Write(lag=...)`` and has arrived.
+
+    Attributes:
+        number: The number of the event, among those of its type and phase, from 1.
+        updates: How many updates the learner had made at the event.
+    """
+
+    number: int
+    updates: int
 
 
 class LearnerView:
@@ -66,6 +79,33 @@ class LearnerView:
     def world_size(self) -> int:
         """The number of processes that train together; 1 in a training of one process."""
         return getattr(self._state, "world_size", 1)
+
+    def arrival(self, path: str) -> Arrived | None:
+        """Return the event that the value at a path belongs to, which a callback has written with a lag.
+
+        Args:
+            path: The path as the writer declares it, such as ``"cbstate.scores"``.
+
+        Returns:
+            The event; ``None`` if nothing has arrived there yet.
+
+        Raises:
+            ProtectedException: The handler does not declare the path.
+            UsageError: The callback is deferrable. Its handlers may run when another value has arrived: the writer can
+                put the number into the value.
+        """
+        owner = self._owner
+        if owner.consumes:
+            raise UsageError(
+                f"{owner.callback} calls learner.arrival({path!r}), but it is deferrable: when its handler runs, "
+                f"another value may have arrived. Let the callback that writes {path} put the number of its event into "
+                f"the value."
+            )
+        keys = tuple(path.split("."))
+        if granted(owner.declaration, keys) is None:
+            owner.refuse("Read", keys)
+        found: Arrived | None = self._state.arrivals.arrived.get(path)
+        return found
 
     def fire(self, event: Event) -> None:
         """Fire an event in the current phase, as soon as the current event has ended.

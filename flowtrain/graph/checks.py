@@ -16,8 +16,7 @@ from flowtrain.callback.callback import Callback, registered
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import AccessError, CallbackError, HandlerError, LoggingError, MissingStateError
-from flowtrain.errors.arguments import is_a
+from flowtrain.errors import AccessError, HandlerError, LoggingError, MissingStateError
 from flowtrain.errors.describing import nearest
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.reach import COMPUTED, attribute
@@ -29,7 +28,6 @@ __all__ = [
     "PROVIDERS",
     "check_batch",
     "check_cbstate",
-    "check_deferrable",
     "check_exchanged",
     "check_made",
     "check_marks",
@@ -51,53 +49,6 @@ def _reads(declaration: Declaration, root: str) -> Iterable[Path]:
 def _writes(nodes: Iterable[Node], root: str) -> list[tuple[Node, Path]]:
     """Return the paths at or below `root` that callbacks declare to write, each with its callback."""
     return [(node, path) for node in nodes for path, kind in node.union if isinstance(kind, Write) and path[0] == root]
-
-
-def check_deferrable(nodes: Iterable[Node]) -> None:
-    """Check that deferrable callbacks only consume (rule 19).
-
-    Raises:
-        CallbackError: A deferrable callback declares to write state or to draw from the generators of training. Or
-            `Callback.stochastic` is not ``True``, ``False`` or ``None``, or is ``True`` for a callback that is not
-            deferrable.
-    """
-    for node in nodes:
-        _check_stochastic(node)
-        if not node.callback.deferrable:
-            continue
-        for path, kind in node.union:
-            # Other resources are allowed: callbacks that share one share a lane, which processes them in order.
-            if not isinstance(kind, Write) or (path[0] == "resource" and path[1] != "rng"):
-                continue
-            if path[0] == "resource":
-                raise CallbackError(
-                    f"{node.name} is deferrable and declares Write() on 'resource.rng', training's random numbers. A "
-                    f"deferrable callback has random numbers of its own, from the seed of the run, its name and the "
-                    f"number of the event: leave 'resource.rng' out. Set deferrable = False if it must draw those of "
-                    f"training."
-                )
-            raise CallbackError(
-                f"{node.name} is deferrable and declares Write() on {dotted(path)!r}. A deferrable callback may run "
-                f"later and elsewhere, on a snapshot: what it writes would come too late, or never reach this process. "
-                f"Set deferrable = False, or declare Read()."
-            )
-
-
-def _check_stochastic(node: Node) -> None:
-    """Check `Callback.stochastic`: only a deferrable callback may be stochastic."""
-    stochastic = node.callback.stochastic
-    if stochastic is None or stochastic is False or (stochastic is True and node.callback.deferrable):
-        return
-    if not is_a(stochastic, bool):
-        raise CallbackError(
-            f"{node.name}.stochastic is {stochastic!r}. It is True or False, whether the handlers of a deferrable "
-            f"callback draw random numbers, or None where it does not say."
-        )
-    raise CallbackError(
-        f"{node.name} says stochastic = True and is not deferrable, so it has no random numbers of its own: it draws "
-        f"those of training. If nothing in training waits for it, set deferrable = True. Otherwise leave stochastic "
-        f'out, and declare {{"resource.rng": Write()}} in {type(node.callback).__name__}.state_access.'
-    )
 
 
 def check_batch(phase_type: type[Phase], meeting: Mapping[type[Event], Sequence[tuple[Node, Handler]]]) -> None:

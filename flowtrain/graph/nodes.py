@@ -55,6 +55,7 @@ class Node:
         backends: The logging backends that the callback holds.
         sinks: The declaration of the backends as resources, which `access` and `union` include.
         exchanges: Whether a handler exchanges values with other ranks, so that all handlers run on the training thread.
+        writer: For the arrival of what a callback has written with a lag, that callback; otherwise ``None``.
     """
 
     callback: Callback
@@ -66,6 +67,12 @@ class Node:
     backends: tuple[LoggerBackend, ...] = ()
     sinks: Declaration = ()
     exchanges: bool = False
+    writer: Node | None = None
+
+    @property
+    def asked(self) -> Node:
+        """The callback whose declarations of order count for the node: for an arrival, the callback that writes."""
+        return self if self.writer is None else self.writer
 
     def stated(self, declaration: Declaration) -> Declaration:
         """Return a declaration of this callback without `sinks`, which a user never writes."""
@@ -123,8 +130,9 @@ class Order:
 def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[Phase]], Order]) -> CallbackGraph:
     """Return the dependency graph over all events: the names of callbacks, and the edges with reasons and events.
 
-    A node has the attribute ``callback``. An edge has the attributes ``reason``, a text, and ``events``, a tuple of
-    pairs of an event type and a phase type.
+    A node has the attribute ``callback``. The late writes of a callback arrive in a node of their own, whose name ends
+    with ``.arrival``. An edge has the attributes ``reason``, a text, and ``events``, a tuple of pairs of an event type
+    and a phase type.
 
     Args:
         nodes: All callbacks of the learner; one that meets no other is in the graph too.
@@ -133,8 +141,8 @@ def to_networkx(nodes: Iterable[Node], orders: Mapping[tuple[type[Event], type[P
     import networkx  # only here: it takes longer to import than everything else of flowtrain
 
     graph: CallbackGraph = networkx.DiGraph()
-    for node in nodes:
-        graph.add_node(node.name, callback=node.callback)
+    for node in dict.fromkeys([*nodes, *(node for order in orders.values() for node in order.nodes)]):
+        graph.add_node(node.name, callback=node.asked.callback)
     edges: dict[tuple[str, str], tuple[list[str], list[tuple[type[Event], type[Phase]]]]] = {}
     for event_and_phase, order in orders.items():
         for edge in order.edges:

@@ -23,7 +23,7 @@ import heapq
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from flowtrain.callback.access import Declaration, Path, dotted
+from flowtrain.callback.access import Declaration, Path, at_event, dotted
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
@@ -68,7 +68,7 @@ def order_event(
     nodes = [node for node, _ in participants]
     draft = Draft(nodes, f"{event_type.__name__}, {phase_type.__name__}")
     _add_run_after(draft)
-    declarations = [node.access[handler] for node, handler in participants]
+    declarations = [at_event(node.access[handler]) for node, handler in participants]
     _add_conflicts(draft, declarations, resolver, reach)
     sequence = _topological(draft)
     _add_resources(draft, declarations, sequence)
@@ -99,9 +99,10 @@ def _add_run_after(draft: Draft) -> None:
             )
         for kind in types:
             if kind not in instances:
-                instances[kind] = [index for index, other in enumerate(draft.nodes) if isinstance(other.callback, kind)]
+                callbacks = [other.asked.callback for other in draft.nodes]
+                instances[kind] = [index for index, other in enumerate(callbacks) if isinstance(other, kind)]
             for before in instances[kind]:
-                if before != after:
+                if before != after and draft.nodes[before].asked is not node:
                     draft.edge(before, after, "run_after", f"{node.name}.run_after() names {kind.__name__}")
                     draft.settled.add((min(before, after), max(before, after)))
 
@@ -336,7 +337,7 @@ def cycle_error(draft: Draft, stuck: set[int]) -> CycleError:
     # The message offers one edge to turn around: `resolve` can do that with an edge that only declarations make.
     for before, after in zip(cycle, (*cycle[1:], cycle[0]), strict=True):
         if all(reason.kind == "access" for reason in draft.hard[before, after]):
-            kinds = [type(draft.nodes[position].callback) for position in (before, after)]
+            kinds = [type(draft.nodes[position].asked.callback) for position in (before, after)]
             one, other = (kind.__name__ for kind in kinds)
             answer = "NoConflict()" if kinds[0] is kinds[1] else f"RunFirst({other})"
             advice += f"; or turn one edge around: resolve({one}, {other}, {answer})"
@@ -369,7 +370,7 @@ def check_writers(draft: Draft, ancestors: Sequence[int]) -> None:
         return
     first, second, meeting = min(conflicts, key=lambda conflict: conflict[:2])
     names = (draft.name(first), draft.name(second))
-    types = [type(draft.nodes[position].callback) for position in (first, second)]
+    types = [type(draft.nodes[position].asked.callback) for position in (first, second)]
     # If one of the two is bundled, the message offers methods for the other one, which the user can edit.
     bundled = [kind.__module__.startswith("flowtrain.") for kind in types]
     one, other = (kind.__name__ for kind in (types[::-1] if bundled == [False, True] else types))

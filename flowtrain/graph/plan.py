@@ -34,6 +34,7 @@ from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import AbstractValidationPhase, Phase
 from flowtrain.callback.view import NO_REQUEST, CheckpointRequest, LearnerView
 from flowtrain.errors import CancelException, DeferredCancelError, RankError, UsageError
+from flowtrain.graph.deferrable import LateWrites, late_writes
 from flowtrain.graph.exchange import Exchange
 from flowtrain.graph.nodes import Edge, Node, Order
 from flowtrain.graph.shared_state import Peers, runs_here
@@ -65,6 +66,7 @@ class PlannedHandler:
         exchange: The exchanges between ranks that `call` takes part in; ``None`` if there are none. Such a handler runs
             on the training thread, in serial order, so that all ranks come to their exchanges in the same order.
         unasked: The function that `call` calls after the conditions; ``None`` if `call` asks none.
+        late: The late writes of the handler, or those that it lets arrive; ``None`` if there are none.
     """
 
     node: Node
@@ -74,6 +76,7 @@ class PlannedHandler:
     conditions: tuple[Condition, ...] = ()
     exchange: Exchange | None = None
     unasked: Call | None = None
+    late: LateWrites | None = None
 
     @property
     def callback(self) -> Callback:
@@ -82,7 +85,9 @@ class PlannedHandler:
 
     @property
     def label(self) -> str:
-        """The names of the callback and of the handler, as ``"Printer.show"``."""
+        """The names of the callback and of the handler, as ``"Printer.show"``; ``"Printer.arrival"`` for an arrival."""
+        if self.node.writer is not None:
+            return self.node.name
         return f"{self.node.name}.{self.handler.attribute}"
 
     def failure(self, raised: BaseException, event: Event, phase: Phase) -> BaseException:
@@ -147,6 +152,8 @@ class Plan:
             first, *rest = reasons or [""]
             yield f"{position + 1:3}. {planned.label:{width}}  {first}".rstrip()
             yield from (f"{'':5}{'':{width}}  {reason}" for reason in rest)
+            if planned.late is not None:
+                yield from (f"{'':5}{line}" for line in planned.late.explain())
             if planned.exchange is not None:
                 yield from (f"{'':5}{line}" for line in planned.exchange.explain())
 
@@ -195,20 +202,23 @@ def make_plan(
     for node, handler in zip(order.nodes, order.handlers, strict=True):
         exchange = None if peers is None else Exchange(peers, node, handler, event_type, phase_type, state)
         owner = owner_of(node, handler)
+        late = late_writes(node, handler, order, (event_type, phase_type), state)
+        shown: Any = state if late is None or late.learner is None else late.learner
         view = bind_view(
-            node.access[handler], state, owner if not exchange else replace(owner, exchanged=exchange.values)
+            node.access[handler], shown, owner if not exchange else replace(owner, exchanged=exchange.values)
         )
         if not exchange and not runs_here(node, peers):
             handlers.append(PlannedHandler(node, handler, _skip, view))
             continue
         conditions = tuple(c for c in node.callback.conditions if issubclass(event_type, c.event_type))
-        call = handler.bind(node.callback)
+        call = handler.bind(node.callback) if late is None or late.learner is not None else late.arrive
         if node.callback.deferrable:
             call = _consuming(call, node, state.draws)
+            call = call if late is None else late.keeping(call)
             # The library's other conditions only count, and seeding the generators takes 25 microseconds.
             if any(map(_may_draw, conditions)):
                 conditions = (_SeededConditions(conditions, node, state.draws),)
-        planned = PlannedHandler(node, handler, call, view, conditions, exchange or None)
+        planned = PlannedHandler(node, handler, call, view, conditions, exchange or None, late=late)
         call = call if watch is None else watch(planned)
         if peers is not None and node.callback.may_checkpoint:
             call = _requesting(call, (event_type, phase_type), node, state.requests)

@@ -31,7 +31,6 @@ from flowtrain.errors.describing import nearest
 from flowtrain.graph.checks import (
     check_batch,
     check_cbstate,
-    check_deferrable,
     check_exchanged,
     check_made,
     check_marks,
@@ -40,6 +39,7 @@ from flowtrain.graph.checks import (
     entries_written,
 )
 from flowtrain.graph.clock import Clock, Measured
+from flowtrain.graph.deferrable import arrival_of, check_deferrable
 from flowtrain.graph.drawing import Drawing, check_drawn, draw_plan
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.graph.nodes import (
@@ -136,6 +136,7 @@ class Callbacks(Sequence[Callback]):
         try:
             assign_names((node.callback, node.name) for node in self._nodes)
             self._set_up({id(callback) for callback in before}, accept)
+            state.arrivals.keep(node.name for node in self._nodes)
         except BaseException:
             assign_names(names_before)
             for callback in (former := list(before)):
@@ -164,9 +165,8 @@ class Callbacks(Sequence[Callback]):
         if key not in self._plans:
             if key not in self._known:
                 self._add_types(event_type, phase_type)
-            order = self._known[key]
             timed = None if self._clock is None else self._clock.around
-            self._plans[key] = make_plan(event_type, phase_type, order, self._state, self._watch, self._peers, timed)
+            self._plans[key] = make_plan(*key, self._known[key], self._state, self._watch, self._peers, timed)
         return self._plans[key]
 
     def explain(self) -> str:
@@ -212,8 +212,7 @@ class Callbacks(Sequence[Callback]):
             CallbackError: `wanted` is no type, no name and no callback.
         """
         if isinstance(wanted, (str, Callback)):
-            found = (node.callback for node in self._nodes if node.name == wanted or node.callback is wanted)
-            return next(found, None)
+            return next((n.callback for n in self._nodes if n.name == wanted or n.callback is wanted), None)
         if not is_a(wanted, type):
             raise CallbackError(
                 f"A callback is found by its type or name, got {wanted!r}. "
@@ -321,10 +320,11 @@ class Callbacks(Sequence[Callback]):
                 lookup = (node.handlers, event, phase)
                 if lookup not in self._dispatch:
                     self._dispatch[lookup] = find_handler(node.handlers, event, phase)
-                handler = self._dispatch[lookup]
-                if handler is not None:
+                if (handler := self._dispatch[lookup]) is not None:
                     participants.append((node, handler))
-            self._participants[key] = participants
+            # Arrivals come first: what was written with a lag is there before any handler of the event.
+            arrivals = filter(None, (arrival_of(*each) for each in participants))
+            self._participants[key] = [*arrivals, *participants]
         return self._participants[key]
 
     def _add_types(self, event_type: type[Event], phase_type: type[Phase]) -> None:
@@ -378,9 +378,9 @@ class Callbacks(Sequence[Callback]):
         for _, handler in handlers:
             where = f"{type_name}.{handler.attribute} ({handler.decorator()}...))"
             access[handler] = shared if handler.access is None else union([declare(handler.access, where), sinks])
-        declared = union([shared, *access.values()])
         exchanges = any(any(exchanges_of(each, self._peers)) for each in access.values())
-        return Node(callback, name, position, handlers, access, declared, backends, sinks, exchanges)
+        whole = union([shared, *access.values()])
+        return Node(callback, name, position, handlers, access, whole, backends, sinks, exchanges)
 
     def _call_setup(self, node: Node) -> None:
         """Call `Callback.setup` with a view, and refuse requests that only a running fit can serve."""

@@ -31,10 +31,15 @@ class Resolver:
             ResolutionError: An answer is `Unresolvable`, two answers contradict each other, or one names neither
                 callback.
         """
-        key = (one.position, other.position)
+        first, second = one.asked, other.asked
+        if first is second:  # the arrival of what a callback has written earlier, and the callback itself
+            return None
+        key = (first.position, second.position)
         if key not in self._answers:
-            self._answers[key] = self._ask(one, other)
-        return self._answers[key]
+            self._answers[key] = self._ask(first, second)
+        if (answer := self._answers[key]) is None or answer[0] is None:
+            return answer
+        return (one if answer[0] is first else other, *answer[1:])
 
     def _ask(self, one: Node, other: Node) -> tuple[Node | None, Resolution, str] | None:
         """Collect the answers of `resolve` and of both callbacks, and return the one that counts."""

@@ -5,7 +5,8 @@
 `parameters` and `optimizer_view` show modules and optimizers by name, and `hyperparameters` has the values of an
 optimizer that schedules set. `views` compiles the view for a declaration, and `partial_view` shows a part of a
 container. `accelerator` is the seam to accelerators of all kinds, and `device_values` reads values of the device a
-fixed number of batches late. `detached` shows tensors without their graph, `shards` puts tensors together of which each
+fixed number of batches late. `late_writes` keeps what handlers write with a lag, and `arrivals` lets it arrive at the
+event that the lag says. `detached` shows tensors without their graph, `shards` puts tensors together of which each
 rank holds a part, `random_numbers` seeds the generators for deferrable callbacks, and `encoding` makes the plain values
 of a checkpoint.
 """

@@ -15,6 +15,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import Attribute, is_nested, parts, rebuild, refill
 from flowtrain.errors import CheckpointError, MissingStateError, UsageError
 from flowtrain.errors.describing import nearest
+from flowtrain.state.arrivals import Arrivals
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
 from flowtrain.state.by_phase import CONTAINERS, CountsMap, PhaseMap, adopt
 from flowtrain.state.container import Container, Freezer, Tree, changed_items, declared_items
@@ -282,6 +283,7 @@ class LearnerState:
     """The objects that a learner trains, those that its handlers can be given, and the requests of handlers.
 
     Attributes:
+        arrivals: The late writes of handlers that have not arrived.
         model: The user's module, or a `Named` of several.
         lossfn: The loss function, a callable or module.
         optimizer: The user's optimizer, or a `Named` of several.
@@ -302,24 +304,9 @@ class LearnerState:
     """
 
     __slots__ = (
-        "batch",
-        "batch_twin",
-        "callbacks",
-        "cbstate",
-        "data",
-        "draws",
-        "fired",
-        "lag",
-        "lossfn",
-        "model",
-        "optimizer",
-        "optimizers",
-        "params",
-        "rank",
-        "requests",
-        "updates",
-        "world_size",
-    )
+        "arrivals", "batch", "batch_twin", "callbacks", "cbstate", "data", "draws", "fired", "lag", "lossfn", "model",
+        "optimizer", "optimizers", "params", "rank", "requests", "updates", "world_size",
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.model: Any = None
@@ -331,6 +318,7 @@ class LearnerState:
         self.batch: BatchState = BatchState()
         self.batch_twin: BatchState | ReadOnlyBatch = self.batch
         self.cbstate = State("cbstate")
+        self.arrivals = Arrivals(self.cbstate)
         self.callbacks: Any = ()
         self.draws = CallbackSeeds()
         self.fired: list[tuple[str, Any]] = []

@@ -20,6 +20,7 @@ from flowtrain.errors import MissingStateError, ProtectedException, UsageError
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.container import Tree
 from flowtrain.state.detached import detached
+from flowtrain.state.late_writes import LatePart
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import SeriesMap
 
@@ -214,7 +215,7 @@ class Part(Mapping[Any, Any]):
         push = self._pushes.get(name)
         if push is None:
             container = self._find()
-            if not isinstance(container, SeriesMap):
+            if not _holds_series(container):
                 raise TypeError(
                     f"Learner.{dotted(self._path)} is a {type(container).__name__}, and only series take push(). "
                     f"Assign to its items or attributes instead."
@@ -252,7 +253,7 @@ class Part(Mapping[Any, Any]):
             self._owner.refuse("Read", path)
         try:
             container = self._find()
-            if isinstance(container, SeriesMap) and isinstance(access, Write):  # a writer may make the series here
+            if _holds_series(container) and isinstance(access, Write):  # a writer may make the series here
                 return container.series(name)
             value = _get_item(container, name)
         except (KeyError, AttributeError) as error:
@@ -318,6 +319,11 @@ class Part(Mapping[Any, Any]):
 
     def __repr__(self) -> str:
         return f"Part(Learner.{dotted(self._path)}: {', '.join(name for name in self._tree if name)})"
+
+
+def _holds_series(container: Any) -> bool:
+    """Tell whether a container holds series by name; one that is written with a lag says it itself."""
+    return isinstance(container, SeriesMap) or (isinstance(container, LatePart) and container.holds_series)
 
 
 def writes(inside: Tree) -> bool:

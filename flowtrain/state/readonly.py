@@ -17,7 +17,7 @@ import torch
 from flowtrain.data.nested import PLAIN, is_nested, like
 from flowtrain.errors import ProtectedException
 
-__all__ = ["UNPROTECTED", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
+__all__ = ["UNPROTECTED", "LatePath", "ReadOnlyDict", "ReadOnlyList", "ReadOnlySet", "itself", "readonly", "refuse"]
 
 UNPROTECTED: frozenset[type] = PLAIN | {torch.Tensor, torch.nn.Parameter, frozenset}
 """Types whose twin is the value itself; tested by exact type, which is quick."""
@@ -50,8 +50,18 @@ _CHANGES = frozenset(
 )
 
 
+class LatePath(str):
+    """The path of a value that a handler writes with a lag, so that it is replaced and not changed in place."""
+
+    __slots__ = ()
+
+
 def refuse(path: str) -> ProtectedException:
     """Make the exception for a change to the container at `path` through a twin."""
+    if isinstance(path, LatePath):
+        return ProtectedException(
+            "Write", path, f"It is written with a lag, so the value that is there stays. Assign a new one: {path} = ..."
+        )
     return ProtectedException(
         "Write", path, f'The container was read under Read(). To change it declare {{"{path}": Write()}}.'
     )

@@ -16,13 +16,13 @@ snapshot, so the same classes serve both.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-from flowtrain.callback.access import ROOTS, Declaration, Path, Read, Write, collective, granted
+from flowtrain.callback.access import ROOTS, Declaration, Path, Read, Write, collective, granted, lag_of
 from flowtrain.callback.view import LearnerView
 from flowtrain.errors import MissingStateError, UsageError
 from flowtrain.errors.describing import nearest
@@ -390,4 +390,14 @@ def compile_namespace(root: str, inside: Tree, detaches: bool = False) -> type[N
         "_writable": frozenset(name for name, kind in inside.items() if isinstance(kind, Write)),
         "_trees": trees,
     }
-    return type(f"{root.capitalize()}View", (NAMESPACES[root],), members)
+    late = any(map(lag_of, _kinds(inside)))  # assignments are kept, and not made
+    base: type[Namespace] = Namespace if late else NAMESPACES[root]
+    return type(f"{root.capitalize()}View", (base,), members)
+
+
+def _kinds(inside: Tree) -> Iterator[Read | Write]:
+    for kind in inside.values():
+        if isinstance(kind, dict):
+            yield from _kinds(kind)
+        else:
+            yield kind

@@ -126,6 +126,7 @@ class Loop:
                 return self._fit(data, epochs, steps, validate_every)
         finally:  # a second interrupt can break off `_fit` at any line, and the learner must still be usable
             self.scopes.close_fit()
+            self.state.arrivals.drop()
             self.checkpoints.leave_fit()
             self.dispatch.mailbox.clear()
             self.dispatch.drop_requests()
@@ -140,9 +141,9 @@ class Loop:
         """Run a fit; `fit` describes the arguments and the result, and closes the fit if an interrupt breaks this off.
 
         A fit fires `FitBegin`, restores the random state of the checkpoint that it resumes from, if any, and runs the
-        epochs. Whatever happens there, it then fires `FitEnd` and finishes all pending work: deferred events, the calls
-        in the mailbox, the files of checkpoints, and the logging backends. Failures are collected on the way, so that
-        none of these parts is left out, and are raised at the end.
+        epochs. Whatever happens there, it then lets late writes arrive, fires `FitEnd` and finishes all pending work:
+        deferred events, the calls in the mailbox, the files of checkpoints, and the logging backends. Failures are
+        collected on the way, so that none of these parts is left out, and are raised at the end.
         """
         self.scopes.open_fit()
         failures = Failures()
@@ -158,6 +159,7 @@ class Loop:
             if failures:
                 self.together.broke_off(failures)
         self.scopes.end_fit()
+        self._deliver_rest(failures)
         broken_off = self.checkpoints.position.phase or not failures.only(CancelFittingException)
         end = FitEnd(why_stopped(failures.first, self.checkpoints.saved), complete=not broken_off)
         with failures:
@@ -177,6 +179,16 @@ class Loop:
                 kept.__traceback__ = None  # the frames of the traceback hold a batch with its autograd graph
         self.checkpoints.load_wanted()
         return stopped
+
+    def _deliver_rest(self, failures: Failures) -> None:
+        """Let the late writes of handlers arrive that have not, since the fit has no further event that they wait for.
+
+        After an error or an interrupt they are dropped; a checkpoint that was taken before has them.
+        """
+        arrivals = self.state.arrivals
+        for deliver in arrivals.rest() if failures.only(CancelFittingException) else ():
+            failures.attempt(deliver)
+        arrivals.drop()
 
     def _begin_fit(
         self, data: PhaseMap[Any], epochs: int | None, steps: int | None, validate_every: int | None

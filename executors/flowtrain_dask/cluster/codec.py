@@ -67,7 +67,7 @@ def dump_entries(entries: Sequence[Entry], pickler: type[ValuePickler] = ValuePi
     payloads = [opened(entry.payload) for entry in entries]
     # The rows are plain tuples, because named tuples take many times as long to pickle.
     # Context variables stay here: most of them hold what only this process can use.
-    rows = [(*entry[:4], payload, *entry[5:9]) for entry, payload in zip(entries, payloads, strict=True)]
+    rows = [(*entry[:4], payload, *entry[5:10]) for entry, payload in zip(entries, payloads, strict=True)]
     return Encoded(rows, tails_of(payloads), pickler)
 
 

@@ -22,7 +22,7 @@ from flowtrain.errors import ExecutorError
 from flowtrain_dask.cluster.block import Block, BlockPlace, possible
 from flowtrain_dask.cluster.callback_state import check_can_be_sent, dump_job, dump_state, load_state, shared_objects
 from flowtrain_dask.cluster.calls import ClusterCalls, ClusterLost, Timeouts
-from flowtrain_dask.cluster.codec import Encoded, dump_entries
+from flowtrain_dask.cluster.codec import Encoded, decode, dump_entries
 from flowtrain_dask.cluster.connection import Connection
 from flowtrain_dask.cluster.worker import Assignment, Reply, different, versions
 from flowtrain_dask.lanes.transport import Abandoned, LaneContext, OnLoss, ThreadTransport
@@ -279,6 +279,8 @@ class ClusterTransport:
         """Take note of the state after a reply, and return its result without the events that were run again."""
         again = reply.ran - len(entries)
         result = BatchResult(reply.records, max(0, reply.done - again), times=reply.times[again:], worker=reply.address)
+        if reply.changes:
+            result.changes = decode(reply.changes)
         if reply.failure is not None:
             result.failure = reply.failure[0], pickle.loads(reply.failure[1])
         done = entries[: result.done]

@@ -33,7 +33,7 @@ from flowtrain.callback.callback import Callback
 from flowtrain.errors import ExecutorError, text_of
 from flowtrain_dask.cluster.block import BlockPlace, read
 from flowtrain_dask.cluster.callback_state import build, dump_state, load_state
-from flowtrain_dask.cluster.codec import load_entries
+from flowtrain_dask.cluster.codec import encode, load_entries
 from flowtrain_dask.cluster.pickling import dumps, loads
 from flowtrain_dask.lanes.work import Job, Record, run_entries
 
@@ -128,6 +128,8 @@ class Reply:
         done: How many events are done, see `flowtrain_dask.lanes.work.BatchResult`.
         ran: How many events the assignment had.
         failure: The number of the event whose handler failed, and the pickled exception.
+        changes: The late writes of the handlers by sequence number, as bytes of `flowtrain_dask.cluster.codec.encode`;
+            empty if there are none.
         state: The new state of the callbacks, if the assignment asked for it or a handler failed.
         address: The address of the worker.
         versions: The versions of the worker.
@@ -142,6 +144,7 @@ class Reply:
     done: int = 0
     ran: int = 0
     failure: tuple[int, bytes] | None = None
+    changes: bytes = b""
     state: bytes | None = None
     address: str = ""
     versions: Versions = field(default_factory=versions)
@@ -250,6 +253,8 @@ def _reply_to(assignment: Assignment) -> Reply:
     result = run_entries(kept.callbacks, job, entries, job.run, job.lane, seeded=True, timed=assignment.timed)
     kept.seen += result.done
     reply = Reply("done", result.records, result.done, len(entries), times=result.times)
+    if result.changes:
+        reply.changes = encode(result.changes)
     if result.failure is not None:
         sequence, failure = result.failure
         reply.failure = sequence, _portable(failure)

@@ -22,11 +22,13 @@ from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, Plan, PlanKey, PlannedHandler
 from flowtrain.graph.reach import Reach
+from flowtrain.state.arrivals import LateStream
 from flowtrain.state.random_numbers import CallbackSeeds
 from flowtrain_dask.deferred.placement import Placement
 from flowtrain_dask.deferred.policy import Deferral, name_of, why_here
 from flowtrain_dask.deferred.preparing import Options, job_of, transport_of
 from flowtrain_dask.deferred.race import Turn
+from flowtrain_dask.lanes.answers import Answer
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.lane_set import LaneSet
 from flowtrain_dask.lanes.report import PlaceReport
@@ -130,7 +132,8 @@ class Placements:
             position = placement.position(each.node, each.handler)
             taker = self._takers[each.node, each.handler].for_groups(groups[at])
             draws = found.state.draws if (found := self._site()) is not None and draws_own(each.callback) else None
-            hand_over = _snapshot_node(placement, position, taker, shared, draws, each.node.name)
+            stream = None if each.late is None else each.late.stream
+            hand_over = _snapshot_node(placement, position, taker, shared, draws, each.node.name, stream)
             if found is not None and found.clock is not None:
                 hand_over = found.clock.hand_over(plan, at, hand_over)
             here = each.call if each.unasked is None else each.unasked
@@ -209,7 +212,11 @@ class Placements:
         placement = self._of.get(node)
         if placement is None or not placement.deferred:
             return False
-        placement.opened().put_back(entry, placement.position(node, handler), recorded)
+        lane, answer = placement.opened(), None
+        if entry.number is not None and (site := self._site()) is not None:
+            answer = Answer(lane, entry.number, node.name)
+            site.state.arrivals.expect(entry.number, answer)
+        lane.put_back(entry, placement.position(node, handler), recorded, answer)
         return True
 
     def open_lane(self, placement: Placement) -> Lane:
@@ -234,6 +241,7 @@ def _snapshot_node(
     shared: CopiesOfFiring | None,
     draws: CallbackSeeds | None,
     name: str,
+    stream: LateStream | None,
 ) -> Call:
     """Return the call that hands an event of a handler over to its lane.
 
@@ -244,6 +252,7 @@ def _snapshot_node(
         shared: The copies of earlier handlers of the same firing.
         draws: Makes the seed of each event; ``None`` if the handler draws no random numbers.
         name: The name of the callback.
+        stream: The arrivals of what the handler writes with a lag; ``None`` if it writes nothing.
     """
 
     def node(event: Event, phase: Phase, view: Any) -> None:
@@ -252,7 +261,17 @@ def _snapshot_node(
         snapshot = taker.take(shared)
         (placement.lane or placement.opened()).put(position, event, phase, snapshot, snapshot.nbytes, seed)
 
-    return node
+    def answering(event: Event, phase: Phase, view: Any) -> None:
+        """Do the same, and let the lane give what the handler writes when it is to arrive."""
+        assert stream is not None
+        seed = None if draws is None else draws.next(name)
+        snapshot = taker.take(shared)
+        lane = placement.lane or placement.opened()
+        answer = Answer(lane, stream.number, name, stream.readers)
+        taken = lane.put(position, event, phase, snapshot, snapshot.nbytes, seed, answer)
+        stream.put(awaited=answer if taken else None)
+
+    return node if stream is None else answering
 
 
 def _retiring(call: Call, placement: Placement, handler: PlannedHandler) -> Call:

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from flowtrain.callback.access import Path, Read
+from flowtrain.callback.access import Path, Read, lags_of
 from flowtrain.callback.callback import draws_own
 from flowtrain.graph.held_backends import names_in, reachable
 from flowtrain.graph.nodes import Node
@@ -67,7 +67,8 @@ def decide(nodes: Sequence[Node], state: LearnerState | None = None, *, threads:
     while True:
         ids = {id(node) for node in deferred}
         in_place = [node for node in nodes if id(node) not in ids]
-        found = {node.name: why for node in deferred if (why := _needed_in_place(node, in_place))}
+        several = state is not None and state.world_size > 1
+        found = {node.name: why for node in deferred if (why := _needed_in_place(node, in_place, several=several))}
         if not found:
             # Draws come last, because they depend on the lanes: one callback that cannot leave this process keeps all
             # callbacks of its lane in a thread.
@@ -240,10 +241,12 @@ def _is_users(module: str) -> bool:
     return "site-packages" not in file and "dist-packages" not in file
 
 
-def _needed_in_place(node: Node, in_place: Sequence[Node]) -> str:
+def _needed_in_place(node: Node, in_place: Sequence[Node], *, several: bool) -> str:
     """Return why a callback must stay in place because of other ranks or callbacks; empty if it need not."""
     if node.exchanges:
         return "it exchanges values with other ranks"
+    if several and lags_of(node.union):
+        return "it writes with a lag, which each of several ranks does itself"
     for other in in_place:
         if _runs_after(other, node):
             return f"{other.name} runs in place, after it"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
-from flowtrain.callback.access import Declaration
+from flowtrain.callback.access import Declaration, lags_of
 from flowtrain.callback.callback import Callback
 from flowtrain.errors import CallbackError, ExecutorError
 from flowtrain.errors.arguments import is_a, is_positive
@@ -23,9 +23,8 @@ from flowtrain.graph.plan import owner_of
 from flowtrain.state.by_phase import kind_of_series
 from flowtrain.state.learner_state import LearnerState
 from flowtrain_dask.deferred.policy import Deferral, name_of, why_here
-from flowtrain_dask.lanes.lane import OnError
 from flowtrain_dask.lanes.limits import Limits, check_droppable
-from flowtrain_dask.lanes.transport import OnLoss, ThreadTransport, Transport
+from flowtrain_dask.lanes.transport import OnError, OnLoss, ThreadTransport, Transport
 from flowtrain_dask.lanes.work import Job, LaneHandler
 from flowtrain_dask.snapshots.copiers import check_copies
 
@@ -146,7 +145,8 @@ def validate(deferral: Deferral, state: LearnerState, options: Options, connecti
     for nodes in deferral.lanes:
         for node in nodes:
             check_holds_no_state(node.callback, node.name, state)
-            check_droppable(node.callback, _reads_series(node.union, state), options.limits)
+            series, answers = _reads_series(node.union, state), bool(lags_of(node.union))
+            check_droppable(node.callback, series, options.limits, answers=answers)
             for _, handler in node.handlers:
                 try:
                     check_copies(node.access[handler], state)

@@ -23,6 +23,7 @@ from flowtrain.errors import CheckpointError
 from flowtrain.graph.executor import Site
 from flowtrain.graph.nodes import Node
 from flowtrain.logging.records import deliver
+from flowtrain.state.arrivals import Arrivals
 from flowtrain_dask.deferred.policy import Deferral
 from flowtrain_dask.deferred.preparing import job_of
 from flowtrain_dask.lanes.lane import Lane
@@ -113,16 +114,18 @@ def finish(waiting: Mapping[str, Mapping[str, Any]], site: Site, first: Mapping[
                 jobs[node] = job_of([node], Deferral(), site.run.id)
             job, position = jobs[node], [each for _, each in node.handlers].index(handler)
             here = entry._replace(handler=position, sequence=first.get(lane, 0) + number)
-            _run(node, job, here, lane, recorded)
+            _run(node, job, here, lane, recorded, site.state.arrivals)
 
 
-def _run(node: Node, job: Job, entry: Entry, lane: str, recorded: bool) -> None:
-    """Run a handler in place, and write its records unless they are written already."""
+def _run(node: Node, job: Job, entry: Entry, lane: str, recorded: bool, arrivals: Arrivals) -> None:
+    """Run a handler in place; write its records unless they are written already, and keep its late writes."""
     result = run_entries([node.callback], job, [entry], job.run, lane, seeded=True)
     if not recorded:
         deliver(node.backends, ((position, data) for _, _, position, data in result.records))
     if result.failure is not None:
         raise result.failure[1]
+    if entry.number is not None:
+        arrivals.fill(entry.number, result.changes[entry.sequence])
 
 
 def _load(lane: str, waiting: Mapping[str, Any]) -> Sequence[Entry]:
@@ -150,7 +153,7 @@ def _entries(rows: Any, handlers: int) -> Sequence[Entry]:
         raise ValueError("they are no events")
     entries = [Entry(*row[:saved]) for row in rows]
     for each in entries:
-        numbers = each.sequence, each.handler, each.nbytes, each.total, each.seed or 0
+        numbers = each.sequence, each.handler, each.nbytes, each.total, each.seed or 0, each.number or 0
         if any(type(number) is not int for number in numbers) or not 0 <= each.handler < handlers:
             raise ValueError("they are no events")
         event, phase = cast("tuple[type, type]", (type(each.event), type(each.phase)))

@@ -133,8 +133,8 @@ class EventQueue:
         self._front.extendleft(reversed(self._at_work))
         self._at_work = ()
 
-    def skip(self, before: int, kept: type[Event] | None) -> int:
-        """Count entries as done that are not to run; return how many they are.
+    def skip(self, before: int, kept: type[Event] | None) -> list[Entry]:
+        """Count entries as done that are not to run; return them.
 
         Args:
             before: Entries with smaller numbers are skipped.
@@ -148,7 +148,7 @@ class EventQueue:
             (front if runs else skipped).append(entry)
         self._front = front
         self._count(skipped)
-        return len(skipped)
+        return skipped
 
     # --- while no thread works on the lane
 

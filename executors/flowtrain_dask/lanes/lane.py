@@ -19,29 +19,27 @@ in place. Entries that are put later are processed. `FitEnd` is processed whenev
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from contextvars import copy_context
-from typing import Any, Literal
+from typing import Any
 
 from flowtrain.callback.events import Event, FitEnd
 from flowtrain.callback.phases import Phase
-from flowtrain.errors import UsageError
+from flowtrain_dask.lanes.answers import Answer, Answers
 from flowtrain_dask.lanes.event_queue import EventQueue
 from flowtrain_dask.lanes.gate import Gate, close_copies, guard
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport
 from flowtrain_dask.lanes.threads import LaneThreads
-from flowtrain_dask.lanes.transport import Abandoned, ClockNow, LaneContext, Transport
+from flowtrain_dask.lanes.transport import Abandoned, ClockNow, LaneContext, OnError, Transport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job, RecordWriter
 from flowtrain_dask.parallel.torch_state import TorchState
 
-__all__ = ["Lane", "OnError"]
-
-OnError = Literal["raise", "warn"]
-"""What happens when a deferred handler fails; see `flowtrain_dask.executor.DaskExecutor`."""
+__all__ = ["Lane"]
 
 _logger = logging.getLogger("flowtrain")
 _POLL = 0.002  # seconds between two looks at a condition: a signal would not end a wait for a lock on every system
@@ -63,6 +61,8 @@ class Lane:
         holds: Keeps the sinks of the lane open until it is closed, even if the learner is gone.
 
     Attributes:
+        name: The name of the lane.
+        answers: What the handlers write with a lag, for the training thread.
         failure: The failure that the training thread is to raise.
         refuses: Whether the lane takes no events: it is closed or retired.
         given_up: Whether the last `wait` has ended before the events were done.
@@ -83,6 +83,7 @@ class Lane:
         holds: object = None,
     ) -> None:
         self.job = job
+        self.name = job.lane
         self._transport = transport
         self._blocks = limits.when_full == "block"
         self._threads = threads
@@ -93,6 +94,7 @@ class Lane:
         self._queue = EventQueue(limits, transport.largest)
         self._context = context = LaneContext(clock=clock)
         self._records = RecordWriter(job.backends, context.counts)
+        self.answers = Answers(context, stopping)
         self.given_up = False
         self._holds = holds
         # The training thread writes these.
@@ -115,58 +117,57 @@ class Lane:
         guard(self)
 
     @property
-    def name(self) -> str:
-        """The name of the lane."""
-        return self.job.lane
-
-    @property
     def gate(self) -> Gate:
         """The gate that makes the lane stand still between two events."""
         return self._context.gate
 
     # --- the training thread: events
 
-    def put(self, handler: int, event: Event, phase: Phase, payload: Any, nbytes: int, seed: int | None = None) -> bool:
+    def put(
+        self,
+        handler: int,
+        event: Event,
+        phase: Phase,
+        payload: Any,
+        nbytes: int,
+        seed: int | None = None,
+        answer: Answer | None = None,
+    ) -> bool:
         """Put an event at the end, after waiting for room if there is none. Only the training thread calls this.
 
         Args:
-            handler: The position of the handler in the job.
-            event: The event.
-            phase: The phase.
-            payload: The snapshot of the state that the handler declares to read.
-            nbytes: How many bytes the payload holds that no other object holds.
-            seed: The seed for the random numbers that the handler draws.
+            handler, event, phase, payload, nbytes, seed: As for `Entry`.
+            answer: Gets what the handler writes with a lag.
 
         Returns:
             Whether the lane took the event; otherwise it was dropped and counted.
         """
         queue = self._queue
         number, total = queue.received
-        waiting = number - queue.done
-        if self.refuses or queue.is_full(nbytes, number, total):
-            if not self._make_room(self.job.handlers[handler].name, nbytes):
-                return False
-            waiting = number - queue.done  # events were done meanwhile
-        total += nbytes
-        surroundings = TorchState.of_event(), copy_context()
-        queue.put(Entry(number, handler, event, phase, payload, nbytes, seed, total, *surroundings))
+        if (self.refuses or queue.is_full(nbytes, number, total)) and not self._make_room(handler, nbytes):
+            return False
+        waiting, total = number - queue.done, total + nbytes
+        expected = None if answer is None else self.answers.expect(number, answer)
+        rest = seed, total, expected, TorchState.of_event(), copy_context()
+        queue.put(Entry(number, handler, event, phase, payload, nbytes, *rest))
         room = queue.largest - (total - queue.done_bytes)
         full = waiting + 1 == self._linger_events or -nbytes < room <= 0  # this event completes a full batch
-        if full or self._asleep or self._context.pausing:
-            self._wake()
+        if full or self._asleep or self._context.pausing or answer is not None:
+            self.wake()
         return True
 
-    def put_back(self, entry: Entry, handler: int, recorded: bool) -> None:
+    def put_back(self, entry: Entry, handler: int, recorded: bool, answer: Answer | None = None) -> None:
         """Put an event that has waited in a checkpoint, as `put` does.
 
         Args:
             entry: The event.
             handler: The position of its handler in the job.
             recorded: Whether its records are in the sinks, and its effect on the callbacks alone is missing.
+            answer: Gets what the handler writes with a lag, as for `put`.
         """
         if recorded:
             self._records.skip(self._queue.received[0])
-        self.put(handler, entry.event, entry.phase, entry.payload, entry.nbytes, entry.seed)
+        self.put(handler, entry.event, entry.phase, entry.payload, entry.nbytes, entry.seed, answer)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Wait until all events are done and the callbacks of this process have their state.
@@ -181,17 +182,13 @@ class Lane:
         Raises:
             UsageError: A handler of a lane calls this. It would wait for itself, or for a lane that waits for it.
         """
-        if (here := self._threads.lane_here()) is not None:
-            raise UsageError(
-                f"flush() in a deferred handler of lane {here.name} would wait for that handler itself. Call it "
-                f"where training is run."
-            )
+        self._threads.check_no_lane_here()
         goal, _ = self._queue.received
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
         pause = _POLL / 64
         while not self.refuses and (self._queue.done < goal or self._brought_back < goal):
             self.process_soon()  # again each time: the other thread may have reset it before the last event was put
-            if deadline is not None and time.monotonic() >= deadline:
+            if time.monotonic() >= deadline:
                 return False
             time.sleep(pause)
             pause = min(2 * pause, _POLL)
@@ -202,10 +199,8 @@ class Lane:
         """Wait as `flush` does until it is of no use, or the time is over: then return ``False``, and give up."""
         self.given_up = False
         with self.waited_for():
-            while not self.flush(0.25) and not self.over:
-                if is_over():
-                    self.given_up = True
-                    break
+            while not self.given_up and not self.flush(0.25) and not self.over:
+                self.given_up = is_over()
         return not self.given_up
 
     def waited_for(self) -> AbstractContextManager[None]:
@@ -215,7 +210,7 @@ class Lane:
     def process_soon(self) -> None:
         """Have the events that wait processed now, and not when more have gathered."""
         self._flushing = True
-        self._wake()
+        self.wake()
 
     @property
     def idle(self) -> bool:
@@ -233,7 +228,8 @@ class Lane:
         counts, where = self._context.counts.copy(), self._transport.where
         return LaneReport(self.name, self.job.callbacks, where, events, done, nbytes, self._retired, counts)
 
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Have the lane look for events that are to be processed now."""
         self._context.go_on()
         looks = self._looks
         if self._context.closed:
@@ -245,13 +241,13 @@ class Lane:
         self._threads.wake(self)
         self._woken = looks  # last: an interrupt before this wakes the lane once more
 
-    def _make_room(self, callback: str, nbytes: int) -> bool:
+    def _make_room(self, handler: int, nbytes: int) -> bool:
         """Wait until there is room, or until something else ends the wait; return whether to take the event."""
-        begin = time.perf_counter_ns()
+        begin, callback = time.perf_counter_ns(), self.job.handlers[handler].name
         # If training is stopping the wait ends, and the few events that are left are taken beyond the limit.
         if not self.refuses and self._blocks:
             while not self.over and self._queue.is_full(nbytes, *self._queue.received) and not self._stopping():
-                self._wake()
+                self.wake()
                 time.sleep(_POLL)
             self._context.stalled(self.name, callback, begin)
             if not self.refuses:
@@ -263,13 +259,12 @@ class Lane:
 
     def raise_failure(self) -> None:
         """Raise the failure that is to be raised, if there is one. Events that are put later are processed again."""
-        failure = self.failure
-        if failure is None:
+        if (failure := self.failure) is None:
             return
         self._resume_at = self._queue.received[0]
         self.failure = None  # last: until then all entries are skipped
         try:
-            self._wake()  # `FitEnd` may wait
+            self.wake()  # `FitEnd` may wait
             raise failure
         finally:
             del failure
@@ -355,7 +350,7 @@ class Lane:
 
     def due(self) -> float | None:
         """Return when the lane is to be worked on: now, or when the linger is over; ``None``: not until it is woken."""
-        self._looks += 1  # first, see `_wake`
+        self._looks += 1  # first, see `wake`
         slept, self._asleep = self._asleep, True  # before the look for events: one that is put later wakes the lane
         queue = self._queue
         failing = self.failure is not None or self._retired
@@ -366,7 +361,8 @@ class Lane:
         self._asleep = False
         if slept:
             self._gathers_since = time.monotonic()
-        if self._flushing or failing or len(queue) >= self._linger_events or queue.nbytes >= queue.largest:
+        hurries = self._flushing or failing or queue.done < self.answers.wanted
+        if hurries or len(queue) >= self._linger_events or queue.nbytes >= queue.largest:
             return 0.0
         return self._gathers_since + self._transport.linger
 
@@ -401,14 +397,14 @@ class Lane:
             queue.took(time.monotonic() - begin, max(1, result.done))
             self._accept(result)
         elif self._flushing:
-            done, asked_again = queue.done, False
+            done, asks_again = queue.done, False
             try:
                 self._transport.bring_state_back(self._context)
-            except Abandoned:  # asked for again when the lane no longer stands still
-                asked_again = True
+            except Abandoned:
+                asks_again = True  # when the lane no longer stands still
                 raise
             finally:  # if the state cannot be brought back now, it is not asked for again and again
-                if not asked_again:
+                if not asks_again:
                     self._brought_back, self._flushing = done, False
 
     def _accept(self, result: BatchResult) -> None:
@@ -417,12 +413,14 @@ class Lane:
             # A fork must not copy a sink that is half written.
             with self.gate:
                 self._records.write(result.records)
+            self.answers.give(result)
         finally:
             # Counted after a failed write too: the records of these entries may be in the sink in part, and a second
             # write would double them.
-            self._records.wrote(self._queue.finish(result.done))
+            self._records.wrote(done := self._queue.finish(result.done))
         if result.failure is not None:
             self._fail(result.failure[1])
+            self.answers.give_none(done)  # now that the failure is there for the training thread
         else:
             self._queue.put_back()
 
@@ -440,7 +438,9 @@ class Lane:
         """Skip the entries that were put before the failure is, or was, raised, `FitEnd` only in a retired lane."""
         put, _ = self._queue.received  # first: if the failure is still there after this, they were put before
         before = put if self.failure is not None or self._retired else self._resume_at
-        self._context.counts.skipped += self._queue.skip(before, None if self._retired else FitEnd)
+        skipped = self._queue.skip(before, None if self._retired else FitEnd)
+        self._context.counts.skipped += len(skipped)
+        self.answers.give_none(skipped)
         self._resumed_at = before
 
     def _end(self) -> None:

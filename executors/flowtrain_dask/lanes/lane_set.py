@@ -15,11 +15,11 @@ from functools import partial
 
 from flowtrain.graph.clock import Clock
 from flowtrain.graph.executor import Site
-from flowtrain_dask.lanes.lane import Lane, OnError
+from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.report import LaneReport
 from flowtrain_dask.lanes.threads import LaneThreads
-from flowtrain_dask.lanes.transport import Transport
+from flowtrain_dask.lanes.transport import OnError, Transport
 from flowtrain_dask.lanes.work import Job
 
 __all__ = ["LaneSet"]

@@ -26,7 +26,7 @@ class Limits:
         pending: How many events may wait.
         bytes: How many bytes their snapshots may hold.
         when_full: ``"block"``: the training thread waits until there is room. ``"drop"``: the event is dropped and
-            counted, which is refused for callbacks that are ``durable`` or that read a series.
+            counted, which is refused for callbacks that are ``durable``, read a series, or write with a lag.
 
     Raises:
         ExecutorError: `pending` or `bytes` is no whole number of at least 1, or `when_full` is another word.
@@ -46,21 +46,24 @@ class Limits:
             )
 
 
-def check_droppable(callback: Callback, reads_series: bool, limits: Limits) -> None:
+def check_droppable(callback: Callback, reads_series: bool, limits: Limits, *, answers: bool = False) -> None:
     """Check that a callback may be deferred to a lane with these limits, which may drop events.
 
     Args:
         callback: The callback.
         reads_series: Whether the callback declares to read a series.
         limits: The limits of its lane.
+        answers: Whether the callback writes with a lag.
 
     Raises:
         ExecutorError: The lane may drop events, and the callback needs all of them.
     """
-    if limits.when_full != "drop" or not (callback.durable or reads_series):
+    if limits.when_full != "drop" or not (callback.durable or reads_series or answers):
         return
     name = callback.name or type(callback).__name__
     why = "is durable" if callback.durable else "reads a series, of which an event holds only the new values"
+    if answers and not callback.durable:
+        why = "writes with Write(lag=...), and its readers would lack what a dropped event should have written"
     raise ExecutorError(
         f'{name} {why}, so no event of it may be dropped, but when_full="drop" drops events. Write '
         f'Limits(when_full="block"), or set {name}.deferrable = False.'

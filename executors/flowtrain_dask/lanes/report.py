@@ -17,9 +17,13 @@ from flowtrain.errors import text_of
 __all__ = ["LaneCounts", "LaneReport", "Outage", "PlaceReport", "Report", "Stall", "uncounted"]
 
 
+_SHORT = 0.1
+"""Seconds. Shorter waits for late writes, all together, are no problem that a user should know of."""
+
+
 @dataclass
 class Stall:
-    """The waits of the training thread for room in a lane, for the events of one callback.
+    """The waits of the training thread for a lane: for room for the events of one callback, or for what it writes.
 
     Attributes:
         count: The number of waits.
@@ -29,6 +33,11 @@ class Stall:
     count: int = 0
     seconds: float = 0.0
 
+    def add(self, seconds: float) -> None:
+        """Count a wait."""
+        self.count += 1
+        self.seconds += seconds
+
 
 @dataclass
 class LaneCounts:
@@ -37,7 +46,8 @@ class LaneCounts:
     Attributes:
         dropped: How many events were dropped, by the name of the callback.
         skipped: How many events were not run because an earlier one had failed.
-        stalls: The waits of the training thread, by the name of the callback.
+        stalls: The waits of the training thread for room, by the name of the callback.
+        answers: The waits for what a callback writes with a lag, by its name and the names of those that read it.
         restarts: How often a batch was given out again because a worker was lost or did not answer.
         replays: How many events were run again to restore a state that was lost.
         local: How many events were run in this process because the cluster was lost.
@@ -50,6 +60,7 @@ class LaneCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     skipped: int = 0
     stalls: dict[str, Stall] = field(default_factory=dict)
+    answers: dict[tuple[str, tuple[str, ...]], Stall] = field(default_factory=dict)
     restarts: int = 0
     replays: int = 0
     local: int = 0
@@ -63,7 +74,8 @@ class LaneCounts:
         # No lock is held, since one thread alone adds to each number. The dicts are listed at once, because a dict that
         # grows cannot be iterated.
         stalls = {name: replace(stall) for name, stall in list(self.stalls.items())}
-        return replace(self, dropped=Counter(dict(self.dropped)), stalls=stalls)
+        answers = {names: replace(stall) for names, stall in list(self.answers.items())}
+        return replace(self, dropped=Counter(dict(self.dropped)), stalls=stalls, answers=answers)
 
     def failed(self, failure: BaseException) -> str:
         """Keep a failure as text, and return the text."""
@@ -73,9 +85,11 @@ class LaneCounts:
     def stalled(self, callback: str, seconds: float) -> None:
         """Count a wait for room for an event of a callback."""
         # Only the training thread waits for room, so only that thread calls this.
-        stall = self.stalls.setdefault(callback, Stall())
-        stall.count += 1
-        stall.seconds += seconds
+        self.stalls.setdefault(callback, Stall()).add(seconds)
+
+    def answered_late(self, callback: str, readers: tuple[str, ...], seconds: float) -> None:
+        """Count a wait of the training thread for what a callback writes with a lag."""
+        self.answers.setdefault((callback, readers), Stall()).add(seconds)
 
 
 @dataclass(frozen=True)
@@ -112,6 +126,11 @@ class LaneReport:
         counts = self.counts
         for name, stall in sorted(counts.stalls.items()):
             yield f"{name} made training wait {stall.seconds:.1f} s in all ({stall.count} times): its lane was full"
+        for (name, readers), stall in sorted(counts.answers.items()):
+            if stall.seconds < _SHORT:
+                continue
+            who = f"{', '.join(readers)} waited" if readers else "training waited"
+            yield f"{who} {stall.seconds:.1f} s in all ({stall.count} times) for {name}, which had not finished"
         for name, count in sorted(counts.dropped.items()):
             yield f"{name}: {count:,} events dropped"
         if counts.restarts:

@@ -20,6 +20,7 @@ from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Protocol
 
+from flowtrain.errors import UsageError
 from flowtrain_dask.parallel.threads import cores, start
 
 __all__ = ["MOST_THREADS", "LaneThreads", "Workable"]
@@ -101,6 +102,18 @@ class LaneThreads:
         """Return the lane on which the calling thread works; ``None`` on any other thread."""
         found = self._at_work.get(threading.get_ident())
         return None if found is None else found[0]
+
+    def check_no_lane_here(self) -> None:
+        """Check that the calling thread works on no lane.
+
+        Raises:
+            UsageError: A handler of a lane calls this. It would wait for itself, or for a lane that waits for it.
+        """
+        if (here := self.lane_here()) is not None:
+            raise UsageError(
+                f"flush() in a deferred handler of lane {here.name} would wait for that handler itself. Call it "
+                f"where training is run."
+            )
 
     def close(self, timeout: float = 5.0) -> None:
         """End the threads, and wait until those have ended that work on no lane."""

@@ -22,10 +22,14 @@ __all__ = [
     "Abandoned",
     "ClockNow",
     "LaneContext",
+    "OnError",
     "OnLoss",
     "ThreadTransport",
     "Transport",
 ]
+
+OnError: TypeAlias = Literal["raise", "warn"]
+"""What happens when a deferred handler fails; see `flowtrain_dask.executor.DaskExecutor`."""
 
 OnLoss: TypeAlias = Literal["local", "raise"]
 """When the cluster of a lane is lost: ``"local"``: the lane continues in this process. ``"raise"``: it is an error."""

@@ -1,7 +1,8 @@
 """The work of a lane: its handlers (`Job`), the events that wait (`Entry`), and their `BatchResult`.
 
 `run_entries` is the only function that runs a deferred handler, in this process or in another. It changes nothing but
-the callbacks that it is given: it returns the records that they log, and writes to no sink. It stops at the first event
+the callbacks that it is given: it returns the records that they log and what they write with a lag, and writes to no
+sink. It stops at the first event
 whose handler fails. `RecordWriter` writes the records in the process that trains.
 """
 
@@ -31,6 +32,7 @@ from flowtrain.graph.clock import IN_LANE, Clock, Mark, TimelineRow
 from flowtrain.graph.plan import Call, cancel_error
 from flowtrain.logging.backend import LoggerBackend
 from flowtrain.logging.records import Collector, Identity, collecting, deliver
+from flowtrain.state.arrivals import Changes
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import own_numbers
 from flowtrain_dask.lanes.report import LaneCounts
@@ -111,6 +113,7 @@ class Entry(NamedTuple):
         nbytes: How many bytes the payload holds that no other object holds.
         seed: The seed of the random numbers that the handler draws; ``None`` if it declares that it draws none.
         total: How many bytes all entries of the lane up to this one hold together.
+        number: The number of the result that the late writes of the handler are for; ``None`` if it writes nothing.
         torch: The torch state of the training thread at the event; ``None`` for the one where the handler runs.
         context: The context variables of the training thread at the event. They do not leave the process.
     """
@@ -123,6 +126,7 @@ class Entry(NamedTuple):
     nbytes: int
     seed: int | None = None
     total: int = 0
+    number: int | None = None
     torch: TorchState | None = None
     context: Context | None = None
 
@@ -142,6 +146,7 @@ class BatchResult:
         records: The records that the handlers logged, in order.
         done: How many entries are done, including one that failed.
         failure: The sequence number of the entry whose handler failed, and the exception.
+        changes: The late writes of the handlers, by the sequence number of the entry; of entries that write with a lag.
         times: If they were asked for, when the handler of each done entry began and ended, in ns of the clock of the
             process that trains.
         worker: The worker that has run the handlers; empty if this process has.
@@ -150,6 +155,7 @@ class BatchResult:
     records: list[Record] = field(default_factory=list)
     done: int = 0
     failure: tuple[int, BaseException] | None = None
+    changes: dict[int, Changes] = field(default_factory=dict)
     times: list[tuple[int, int]] = field(default_factory=list)
     worker: str = ""
 
@@ -256,6 +262,8 @@ def run_entries(
             # The records of a handler that failed count too, since a serial run has written them before the exception.
             result.records += [(entry.sequence, callback, position, data) for position, data in records]
             result.done += 1
+            if entry.number is not None and failure is None:
+                result.changes[entry.sequence] = replica.taken()
             if timed:
                 result.times.append((begin, time.perf_counter_ns()))
             # After a failure the lane decides whether later events are run, so they are left to it.

@@ -56,7 +56,7 @@ def is_chain(plan: Plan) -> bool:
 
 
 def needs_training_thread(plan: Plan) -> frozenset[int]:
-    """Return the positions of the handlers that only the training thread may run: those that draw random numbers.
+    """Return the positions of the handlers that only the training thread may run: those that draw, and arrivals.
 
     All threads of a process share the generators, so a draw on another thread would change the draws of training.
     """
@@ -64,6 +64,7 @@ def needs_training_thread(plan: Plan) -> frozenset[int]:
         position
         for position, planned in enumerate(plan.handlers)
         if draws_own(planned.callback)
+        or planned.node.writer is not None
         or any(path[:2] == ("resource", "rng") for path, _ in planned.node.access[planned.handler])
     )
 

@@ -95,7 +95,7 @@ def _check_root(root: str, declaration: Declaration) -> None:
     for path, kind in declaration:
         if path[0] != root:
             continue
-        if isinstance(kind, Write):
+        if isinstance(kind, Write) and kind.lag is None:
             raise AccessError(
                 f"A deferred callback declares Write() on {dotted(path)!r}, and works on a snapshot: what it writes "
                 f"would be lost. Declare Read(), or set deferrable = False on the callback."

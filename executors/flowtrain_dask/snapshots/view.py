@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from flowtrain.callback.access import Declaration, Path
+from flowtrain.callback.access import Declaration, Path, lags_of
 from flowtrain.callback.view import LearnerView
+from flowtrain.state.arrivals import Changes
 from flowtrain.state.batch import BatchState, ReadOnlyBatch
+from flowtrain.state.late_writes import LateLearner
 from flowtrain.state.learner_state import LearnerState, Named, by_name
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.parameters import Parameters
@@ -43,6 +45,7 @@ class SnapshotLearner:
         self._state = LearnerState()
         self._optimizers: dict[str, _Shown] = {}
         self._view: LearnerView | None = None
+        self._late: LateLearner | None = None
 
     def show(self, payload: Mapping[Path, Any]) -> LearnerView:
         """Fill the state with a snapshot and return the view, which shows this snapshot until the next call.
@@ -69,8 +72,16 @@ class SnapshotLearner:
         if self._view is None:
             if state.optimizers is None:
                 state.optimizers = OptimizerParts(_Shown())  # type: ignore[arg-type]  # no path of it is declared
-            self._view = bind_view(self._declaration, state, self._owner)
+            shown: Any = state
+            if lags_of(self._declaration):
+                shown = self._late = LateLearner(state, self._declaration, self._owner.callback)
+            self._view = bind_view(self._declaration, shown, self._owner)
+        self.taken()  # what the handler of an earlier event has written and then failed
         return self._view
+
+    def taken(self) -> Changes:
+        """Return what the handler has written with a lag since the last call."""
+        return () if self._late is None else self._late.taken()
 
     def clear(self) -> None:
         """Drop the snapshot."""

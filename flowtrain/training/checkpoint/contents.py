@@ -14,6 +14,7 @@ entry           meaning
 ``updates``     the number of updates that the learner has made
 ``group``       the open accumulation group, if any: its counts, and the gradients in the order of the parameters
 ``cbstate``     the state that callbacks share, as `flowtrain.state.encoding` packs it
+``arrivals``    the late writes that have not arrived; ``None`` if no handler makes any
 ``callbacks``   for each callback by name its ``type``, its ``state``, and its ``conditions``
 ``random``      the generators of the process; the seed of the run, and the events that callbacks drew numbers for
 ``loaders``     for each phase the generators of its loader
@@ -38,7 +39,6 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from flowtrain.callback.callback import Callback
-from flowtrain.callback.phases import Phase
 from flowtrain.core.optimizers import IMPLEMENTATION
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, FlowtrainError
@@ -117,6 +117,7 @@ def _gather(state: LearnerState, core: TorchCore, changes: Changes, packer: Pack
         "updates": state.updates,
         "group": _group(core, packer),
         "cbstate": state.cbstate.__packed__(packer, "cbstate"),
+        "arrivals": state.arrivals.state_dict(packer),
         "callbacks": {callback.name: _callback(callback, packer) for callback in state.callbacks},
     }
 
@@ -302,6 +303,7 @@ def finish(
     return {
         **contents,
         "callbacks": {**contents["callbacks"], **states},
+        "arrivals": site.state.arrivals.state_dict(packer),
         "lanes": {"sequences": {**lanes["sequences"], **counts}, "waiting": {}},
         "run": {**contents["run"], "positions": sinks.flush()},
     }
@@ -336,8 +338,7 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
     packer = Packer()
     with core.own_modes():  # these changes come first, so that a module's own ``load_state_dict`` can overrule them
         changes.load_state_dict(contents.get("structure"))
-    # The models come first: an optimizer casts its state to the dtype and device of its parameters, and a callback may
-    # compare its state with the model.
+    # The models come first: an optimizer casts its state to their dtype and device, and callbacks may look at them.
     load_models(contents.get("trained", contents["model"]), core)
     _load_module(state.lossfn, contents["loss module"])
     for name, optimizer in by_name(state.optimizer).items():
@@ -357,13 +358,14 @@ def _apply(contents: Mapping[str, Any], state: LearnerState, core: TorchCore, ch
         for param, gradient in zip(params, contents["group"]["gradients"], strict=True):
             if unsent is None or not unsent.put(param, gradient):
                 param.grad = None if gradient is None else gradient.to(param.device, copy=True)
-    phases: dict[str, Phase] = {repr(phase): phase for phase in state.data}
+    phases = {repr(phase): phase for phase in state.data}
     state.cbstate.__saved__.clear()
     for name in [name for name in state.cbstate if name not in contents["cbstate"]]:
         if not _is_written(state, name):
             delattr(state.cbstate, name)
     for name, packed in contents["cbstate"].items():
         state.cbstate.__put__(name, packer.copy(packed, f"cbstate.{name}"), phases)
+    state.arrivals.load_state_dict(contents.get("arrivals"), phases, [each.name for each in state.callbacks], packer)
     state.updates = contents["updates"] if "updates" in contents else _counted_updates(state)
     load_callbacks(contents, state.callbacks)
 

@@ -143,6 +143,33 @@ _START: _Form = {"random": _or_none(_RANDOM), "loader": _LOADER, "number?": _cou
 
 _STATES: _Form = {_EACH: _is(dict)}
 
+_CHANGE: _Form = {
+    "lag": lambda value: _count(value) and value > 0,
+    "keys": lambda keys: type(keys) is list and keys != [] and all(type(key) in (str, list) for key in keys),
+    "step": _is(int, type(None)),
+}
+
+
+def _pair(value: Any) -> bool:
+    return type(value) is tuple and len(value) == 2 and all(map(_count, value))
+
+
+_ARRIVALS: _Form = {
+    "number": _count,
+    "counts": {_EACH: _count},
+    "under way": _list_of(
+        {
+            "number": _count,
+            "stream": _is(str),
+            "callback": _is(str),
+            "event": _pair,
+            "lags": {_EACH: _count},
+            "changes": _or_none(_list_of(_CHANGE)),
+        }
+    ),
+    "arrived": {_EACH: _pair},
+}
+
 _CONTENTS: _Form = {
     "model": _STATES,
     "trained?": _STATES,
@@ -151,6 +178,7 @@ _CONTENTS: _Form = {
     "optimizer": {_EACH: {"type": _is(str), "state": _is(dict)}},
     "core": _is(dict),
     "updates?": _count,
+    "arrivals?": _or_none(_ARRIVALS),
     "group": _or_none({"state": _is(dict), "gradients": _list_of(_is(torch.Tensor, type(None)))}),
     "cbstate": {_EACH: lambda packed: type(packed) is dict and len(packed) == 1},
     "callbacks": {_EACH: {"type": _is(str), "state": _is(dict), "conditions": _list_of({"type": _is(str)})}},

@@ -20,7 +20,7 @@ from flowtrain.state.encoding import SAME, SHARDED
 
 __all__ = ["check_size", "digests", "part_of", "parts_in", "reduced"]
 
-_LOCAL = ("random", "loaders", "position", "numbers", "passes", "cbstate", "callbacks", "group", "run")
+_LOCAL = ("random", "loaders", "position", "numbers", "passes", "cbstate", "arrivals", "callbacks", "group", "run")
 """The entries of a checkpoint that each rank has for itself."""
 
 _LARGE = 1024

@@ -15,10 +15,10 @@ from flowtrain.errors import DeferredCancelError, UsageError
 from flowtrain.logging.backend import LoggerBackend, Value
 from flowtrain.logging.records import Identity, identity, log
 from flowtrain_dask.lanes import transport as transport_module
-from flowtrain_dask.lanes.lane import Lane, OnError
+from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.threads import LaneThreads
-from flowtrain_dask.lanes.transport import ThreadTransport
+from flowtrain_dask.lanes.transport import OnError, ThreadTransport
 from tests.support.interrupts import interrupted
 from tests.support.lanes import MakeWorkable, Memory, WorkableContract, job_of
 from tests.support.waiting import wait_for

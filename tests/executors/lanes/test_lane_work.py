@@ -16,10 +16,10 @@ from flowtrain.callback.events import Event
 from flowtrain.logging import JsonlBackend
 from flowtrain.logging.backend import LoggerBackend, Run, Value
 from flowtrain.logging.records import log
-from flowtrain_dask.lanes.lane import Lane, OnError
+from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.limits import Limits
 from flowtrain_dask.lanes.threads import LaneThreads, Workable
-from flowtrain_dask.lanes.transport import Abandoned, LaneContext, ThreadTransport
+from flowtrain_dask.lanes.transport import Abandoned, LaneContext, OnError, ThreadTransport
 from flowtrain_dask.lanes.work import BatchResult, Entry, Job
 from tests.support.lanes import Memory, job_of
 

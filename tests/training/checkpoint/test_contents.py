@@ -392,7 +392,7 @@ def test_torch_alone_reads_it_and_nothing_of_compilation_is_in_the_names(tmp_pat
     assert set(contents) == {
         "format", "version", "flowtrain", "torch", "model", "loss module", "structure", "optimizer", "core", "group",
         "cbstate", "callbacks", "random", "loaders", "position", "numbers", "passes", "run", "lanes", "finite",
-        "updates",
+        "updates", "arrivals",
     }  # fmt: skip
 
 
