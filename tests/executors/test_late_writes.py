@@ -6,6 +6,10 @@ steer training by them; fits that a callback ends early; and fits that resume un
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callback.handler import Handler
-from flowtrain.callbacks import throttle
+from flowtrain.callbacks import Checkpointer, throttle
 from flowtrain.graph.executor import Executor
 from flowtrain.testing import tiny_learner
 from flowtrain_dask import DaskExecutor
@@ -211,6 +215,47 @@ class DaskLocal:
 
     def __exit__(self, *failure: object) -> None:
         self.executor.close()
+
+
+class Slowly(Writes):
+    """Takes so long that an interrupt comes before it has finished."""
+
+    def act(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        time.sleep(1.5)  # more than the second that the checkpoint of an interrupt waits
+        super().act(event, phase, learner)
+
+
+class Interrupts(Callback):
+    """Sends the signal of Ctrl-C in the second batch of an epoch, when the handler of the epoch before is at work."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    @on(BatchEnd, TrainingPhase)
+    def interrupt(self, event: Event, phase: Phase, learner: LearnerView) -> None:
+        self.batches += 1
+        if self.batches == BATCHES + 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="the signal would end the process")
+@pytest.mark.parametrize("resumed", ["serial", "dask"])
+def test_a_write_that_an_interrupt_finds_at_work_arrives_in_the_resumed_fit(tmp_path: Path, resumed: str) -> None:
+    spec = Spec(0, 1, EpochEnd, 1, 0)
+    serial = trained([spec], "serial", None, tmp_path / "none.ckpt", 99)
+    callbacks = Steering(1, None), Slowly(spec), Interrupts(), Checkpointer(tmp_path / "run")
+    executor = DaskExecutor(defer="always", drain_timeout=5)
+    learner = tiny_learner(*callbacks, n_batches=BATCHES, executor=executor)
+    with learner, pytest.raises(KeyboardInterrupt):
+        learner.fit(EPOCHS)
+    after = "serial" if resumed == "serial" else DaskExecutor(defer="always")
+    steering = Steering(1, None)
+    again = steering, Slowly(spec), Interrupts(), Checkpointer(tmp_path / "run")
+    again[2].batches = 99
+    with tiny_learner(*again, n_batches=BATCHES, executor=after) as learner:
+        learner.fit(EPOCHS, resume=tmp_path / "run")
+    assert steering.seen == serial[-1]
 
 
 class Fails(Callback):
