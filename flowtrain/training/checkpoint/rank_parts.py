@@ -113,7 +113,7 @@ def _ranks(size: int) -> str:
 
 
 def _local(contents: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: contents[name] for name in _LOCAL}
+    return {name: contents[name] for name in _LOCAL if name in contents}  # early checkpoints lack some
 
 
 def _digest(tensor: torch.Tensor) -> str:
