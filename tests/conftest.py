@@ -93,6 +93,18 @@ def forget_compilations() -> None:
 
 
 @pytest.fixture(autouse=True)
+def leave_no_signal_handlers() -> Iterator[None]:
+    """Fail if a test leaves another handler of Ctrl-C or SIGTERM, with which a later test would wait for nothing."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    yield
+    after = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    if after != before:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+    assert after == before, "the test leaves other handlers of SIGINT and SIGTERM"
+
+
+@pytest.fixture(autouse=True)
 def forget_resolutions() -> Iterator[None]:
     """Take back the resolutions that a test makes with `resolve`, which count for the whole process."""
     answers: dict[object, object] = vars(resolution)["_RESOLVED"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
@@ -20,6 +21,9 @@ from flowtrain.errors import UsageError
 from flowtrain.errors.arguments import is_a, switch, whole_number
 
 __all__ = ["Freeze"]
+
+_KEEPS_FROZEN = torch.__version__.startswith("2.6.")
+"""Whether a compiled model goes on to train the parameters that it trained when it was compiled, and no others."""
 
 _Epochs: TypeAlias = int | tuple[int, int | None] | None
 """How long parameters are frozen: for so many epochs, for ever, or from one epoch to another; see `Freeze`."""
@@ -101,6 +105,7 @@ class Freeze(Callback):
 
     def _freeze(self, learner: LearnerView, done: int) -> None:
         """Set the parameters and the modes as they must be after so many complete epochs."""
+        changed = False
         for root, model in _models(learner):
             for name, param in model.named_parameters(root):
                 frozen = self._is_frozen(name, done)
@@ -108,6 +113,7 @@ class Freeze(Callback):
                 # choice changes.
                 if frozen is not None and param.requires_grad is frozen:
                     param.requires_grad_(not frozen)
+                    changed = True
             for name, module in model.named_modules(prefix=root) if self.norms else ():
                 if getattr(module, "running_mean", None) is not None:
                     # A layer of BatchNorm may have no parameters, so the name of its buffer decides: a pattern like
@@ -116,6 +122,8 @@ class Freeze(Callback):
                     frozen = self._is_frozen(f"{name}.running_mean".lstrip("."), done)
                     if frozen is not None:
                         module.train(not frozen)
+        if changed and _KEEPS_FROZEN and "torch._dynamo" in sys.modules:  # something may be compiled
+            torch.compiler.reset()
 
     def _is_frozen(self, name: str, done: int) -> bool | None:
         """Tell whether a parameter or buffer is frozen after so many epochs; ``None`` if no pattern fits its name."""

@@ -327,7 +327,16 @@ def _send_to_all(world: World, tensors: Iterable[torch.Tensor]) -> None:
     """Copy tensors of the main rank to all others, by one collective for each type of number."""
     for alike in _by_type(tensors):
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
-        world.guarded(dist.broadcast, flat, src=0)
+        try:
+            world.guarded(dist.broadcast, flat, src=0)
+        except RuntimeError as error:  # on every rank alike, before anything is sent
+            if not flat.is_complex():
+                raise
+            raise CoreError(
+                f"The model has parameters or buffers of type {flat.dtype}, and the backend {dist.get_backend()} of "
+                f"torch {torch.__version__} sends no complex numbers from rank to rank ({error}). Update torch; or "
+                f"hold them as real numbers, and have the forward pass call torch.view_as_complex."
+            ) from error
         if not world.main:
             for tensor, part in zip(alike, flat.split([tensor.numel() for tensor in alike]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))

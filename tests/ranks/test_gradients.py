@@ -13,7 +13,7 @@ from torch import nn
 from flowtrain import AbstractTrainingPhase, BatchBegin, LossBegin, TorchCore, TrainingPhase
 from tests.ranks.alone import Alone, End, fit
 from tests.ranks.test_ways import Own
-from tests.support.ranks import Ranks, rank
+from tests.support.ranks import Ranks, of_complex, rank, returned
 
 
 class Words(nn.Module):
@@ -65,7 +65,8 @@ def train(kind: str, action: str, event: Any, nth: int, accumulate: int, phase: 
 @pytest.mark.parametrize("kind", MODELS)
 def test_all_ranks_end_alike(kind: str, action: str, accumulate: int, phase: Any, ranks: Ranks) -> None:
     for event, nth in [(BatchBegin, 1), (LossBegin, 2)] if action and phase is TrainingPhase else [(BatchBegin, 2)]:
-        zero, one = ranks.values(train, kind, action, event, nth, accumulate, phase)
+        outcomes = ranks.run(train, kind, action, event, nth, accumulate, phase)
+        zero, one = of_complex(outcomes) if kind == "complex" else returned(outcomes)
         assert zero.unlike(one) == []
         assert (zero.error is None) == (one.error is None) == (action != "error")
         if zero.error is not None:

@@ -60,7 +60,7 @@ from tests.ranks.alone import (
     model,
 )
 from tests.ranks.by_hand import classes, differing, train, trained
-from tests.support.ranks import Outcome, Ranks, rank, returned
+from tests.support.ranks import Outcome, Ranks, needs_sharding, rank, returned
 
 TIME = 10.0
 """Seconds in which all ranks must have ended."""
@@ -310,7 +310,7 @@ def ask_a_server(parallel: Literal["ddp", "fsdp"], training: bool, nth: int) -> 
 
 
 @pytest.mark.parametrize(("training", "nth"), [(True, 1), (True, 2), (False, 1)])
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=needs_sharding)])
 def test_an_error_with_the_words_of_a_lost_connection_is_that_of_the_model(
     parallel: Literal["ddp", "fsdp"], training: bool, nth: int, ranks: Ranks
 ) -> None:

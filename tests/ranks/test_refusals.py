@@ -34,7 +34,7 @@ from flowtrain import (
 )
 from flowtrain.callbacks import EMA, Checkpointer, CustomCallback
 from flowtrain.errors import DivergedError, RankError
-from tests.support.ranks import Ranks, rank
+from tests.support.ranks import Ranks, of_complex, rank
 
 
 def batches(count: int = 4) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -328,7 +328,7 @@ def rotate() -> Any:
 
 
 def test_complex_parameters_train_alike(ranks: Ranks) -> None:
-    one, two = ranks.values(rotate)
+    one, two = of_complex(ranks.run(rotate))
     assert one == two
 
 

@@ -16,7 +16,7 @@ from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.learner_state import LearnerState
 from flowtrain.state.shards import whole
 from tests.ranks.by_hand import classes
-from tests.support.ranks import Ranks, rank
+from tests.support.ranks import Ranks, needs_sharding, rank
 
 Kind = Literal["ddp", "fsdp"] | None
 
@@ -171,5 +171,6 @@ class TestDataParallel(ReplicaContract):
     kind = "ddp"
 
 
+@needs_sharding
 class TestSharded(ReplicaContract):
     kind = "fsdp"

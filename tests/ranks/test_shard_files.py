@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cross_entropy
 
 from flowtrain import (
@@ -38,12 +37,10 @@ from flowtrain.state.shards import Pieces
 from flowtrain.training.checkpoint.files import save
 from flowtrain.training.checkpoint.reading import read
 from tests.ranks.by_hand import classes
-from tests.support.ranks import Outcome, Ranks, rank, returned, send
+from tests.support.ranks import Outcome, Ranks, needs_sharding, rank, returned, send
 from tests.support.resumed import Ask
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot leave a sharded batch"
-)
+pytestmark = needs_sharding
 
 
 class AskAll(Ask):

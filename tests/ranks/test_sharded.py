@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.nn.functional import cross_entropy
 
 from flowtrain import (
@@ -56,11 +56,9 @@ from flowtrain.logging import JsonlBackend
 from flowtrain.state.shards import whole
 from flowtrain.testing import tiny_learner
 from tests.ranks.by_hand import classes
-from tests.support.ranks import Ranks, rank, returned
+from tests.support.ranks import Ranks, needs_sharding, rank, returned
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(FSDPModule, "reset_iter_state"), reason="this torch cannot leave a sharded batch"
-)
+pytestmark = needs_sharding
 
 
 def network(norm: bool = True) -> nn.Sequential:

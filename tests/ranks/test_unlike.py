@@ -28,7 +28,7 @@ from flowtrain import (
     on,
 )
 from flowtrain.callbacks import Checkpointer
-from tests.support.ranks import Ranks, rank
+from tests.support.ranks import CAN_SHARD, Ranks, needs_sharding, rank
 
 
 def loader(samples: int = 32, *, shuffle: bool = True) -> Any:
@@ -113,7 +113,6 @@ UNLIKE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "precision": (setting(precision=("bf16", "fp32")), CoreError, "precision='fp32') where"),
     "lag": (setting(lag=(0, 2)), CoreError, "lag=2) where the main rank has lag=0"),
     "uneven": (setting(uneven=("stop", "error")), CoreError, "uneven='error') where"),
-    "parallel": (setting(parallel=("auto", "fsdp")), CoreError, "parallel='fsdp') where the main rank has parallel='"),
     "arguments of DDP": (
         setting(ddp=({"find_unused_parameters": True}, None)), CoreError,
         "TorchCore(ddp=None) where the main rank has ddp={'find_unused_parameters': True}",
@@ -166,6 +165,8 @@ UNLIKE: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         "rank 0 is at EpochBegin of TrainingPhase, rank 1 is at EpochBegin of ValidationPhase. Call fit, epoch, step",
     ),
 }  # fmt: skip
+if CAN_SHARD:
+    UNLIKE["parallel"] = setting(parallel=("auto", "fsdp")), CoreError, "parallel='fsdp') where the main rank has para"
 
 
 def unlike(folder: str) -> dict[str, tuple[str, str]]:
@@ -186,6 +187,7 @@ def test_each_difference_is_named_on_all_ranks(ranks: Ranks, tmp_path: Path) -> 
             assert text in found[name][1], name
 
 
+@needs_sharding
 def test_a_rank_that_predicts_alone_with_a_sharded_model_is_noticed(ranks: Ranks) -> None:
     for outcome in ranks.run(predict_alone):
         assert outcome.ended == "RankError"

@@ -27,15 +27,24 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Generic, Never, ParamSpec, TypeVar
 
+import pytest
 import torch
+from packaging.version import Version
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # it is documented there
+from torch.distributed.fsdp import FSDPModule
 
 from tests.support.programs import Programs
 
-__all__ = ["Failure", "Outcome", "Ranks", "rank", "send"]
+__all__ = ["CAN_SHARD", "Failure", "Outcome", "Ranks", "needs_sharding", "of_complex", "rank", "returned", "send"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+CAN_SHARD = hasattr(FSDPModule, "reset_iter_state")
+"""Whether flowtrain trains with ``parallel="fsdp"``, which it refuses with an old torch."""
+
+needs_sharding = pytest.mark.skipif(not CAN_SHARD, reason="this torch cannot leave a sharded batch")
+"""A mark of tests that train with ``parallel="fsdp"``."""
 
 _PREPARED = (
     "pytest", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor",
@@ -149,6 +158,15 @@ def returned(outcomes: Sequence[Outcome[T]]) -> list[T]:
     """Return the values of ranks that have all returned; fail with what each rank did otherwise."""
     assert all(outcome.ended == "returned" for outcome in outcomes), "\n" + "\n".join(map(str, outcomes))
     return [outcome.value for outcome in outcomes]  # type: ignore[misc]  # `T` may be `None` itself
+
+
+def of_complex(outcomes: Sequence[Outcome[T]]) -> list[T]:
+    """Return the values of ranks that train complex parameters; skip the test if an old torch cannot send them."""
+    texts = [outcome.error.text for outcome in outcomes if outcome.error is not None]
+    if Version(torch.__version__) < Version("2.13") and any("sends no complex numbers" in text for text in texts):
+        assert [outcome.ended for outcome in outcomes] == ["CoreError"] * len(outcomes)
+        pytest.skip(texts[0])
+    return returned(outcomes)
 
 
 def rank() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -617,9 +618,9 @@ def test_a_learner_is_of_use_after_an_interrupt_anywhere(whole: bool) -> None:
     assert {file.rpartition("/")[2] for file, _ in struck} == {"loop.py", "step.py"}
 
 
-def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
+def _interrupt(nth: int, run: Callable[[], None]) -> tuple[str, int] | None:
     """Raise at the n-th line that runs in the loop or a step, except in code that closes scopes; return that line."""
-    at, left = None, number
+    at, left = None, nth
     modules = ("flowtrain.training.loop", "flowtrain.training.step")
 
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
@@ -637,7 +638,7 @@ def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
                 raise KeyboardInterrupt
         return strike
 
-    before = sys.gettrace()
+    before, handlers = sys.gettrace(), [(each, signal.getsignal(each)) for each in (signal.SIGINT, signal.SIGTERM)]
     sys.settrace(trace)
     try:
         run()
@@ -645,4 +646,8 @@ def _interrupt(number: int, run: Callable[[], None]) -> tuple[str, int] | None:
         pass
     finally:
         sys.settrace(before)
+        # The line of a `with` also comes before its context is left, where Python looks for no signal. An exception
+        # there skips the exit, which puts the handlers of signals back.
+        for number, handler in handlers:
+            signal.signal(number, handler)
     return at
