@@ -112,6 +112,8 @@ from flowtrain.core.sharding import full_state_dict
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.diagnostics.history import History
 from flowtrain.diagnostics.lr_finder import LearningRateSweep, find_learning_rate
+from flowtrain.diagnostics.recording.recorder import record
+from flowtrain.diagnostics.recording.replay import Replayed, replay
 from flowtrain.errors import (
     AccessError,
     AmbiguousHandlerError,
@@ -198,6 +200,7 @@ __all__ = [
     "RankError",
     "Read",
     "RemoteError",
+    "Replayed",
     "Resolution",
     "ResolutionError",
     "RunFirst",
@@ -222,6 +225,8 @@ __all__ = [
     "load_weights",
     "on",
     "param_groups",
+    "record",
+    "replay",
     "resolve",
     "seed_everything",
 ]

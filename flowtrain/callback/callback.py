@@ -78,6 +78,7 @@ class Callback:
         may_checkpoint: Whether a handler may request a checkpoint. Several ranks refuse the request of a callback that
             does not say so. They run one that does on every rank, compare what they request each time it has run, and
             ask each other in batches that only accumulate gradients whether one of them has left the batch.
+        recorder: The object that `flowtrain.record` attaches, which keeps what the handlers are given.
     """
 
     name: str = ""
@@ -97,6 +98,7 @@ class Callback:
     agrees: ClassVar[bool] = False
     may_cancel: ClassVar[bool] = True
     may_checkpoint: ClassVar[bool] = False
+    recorder: Any = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -89,11 +89,12 @@ class Handler:
         return issubclass(self.event_type, other.event_type) and issubclass(self.phase_type, other.phase_type)
 
     def bind(self, callback: object) -> Callable[[Event, Phase, Any], None]:
-        """Return the function of ``(event, phase, view)`` that calls the handler of a callback."""
+        """Return the function of ``(event, phase, view)`` that calls the handler of a callback, and records its events."""
         function: Any = self.function
         bound: Callable[[Event, Phase, Any], None]
         bound = getattr(callback, self.attribute) if function is None else function.__get__(callback)
-        return bound
+        recorder: Any = getattr(callback, "recorder", None)
+        return bound if recorder is None else recorder.around(callback, self, bound)
 
     def check(self, callback: object) -> None:
         """Check that the attribute of the callback can be called as a handler: a subclass may have overridden it.

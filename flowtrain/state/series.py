@@ -206,6 +206,11 @@ class Series(Container):
         """The values, in order; a list of one's own."""
         return [value for _, value in self]
 
+    @property
+    def first(self) -> int:
+        """The position of the first value that can be read; above 0 only in a snapshot for another process."""
+        return 0
+
     def newest(self) -> Any:
         """Return the newest value without waiting for it: a tensor of one element if it is on a device."""
         if self._values[-1] is None and self._unread:  # it went with a chunk

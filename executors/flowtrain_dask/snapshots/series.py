@@ -52,6 +52,11 @@ class Cut(ReadOnlySeries):
         self._start = 0 if start is None else _start(start, length)
         self._first = first
 
+    @property
+    def first(self) -> int:
+        """The position of the first value that can be read."""
+        return self._start
+
     def since(self, start: int) -> list[Any]:
         """Return the values from position `start` on, without their steps.
 

@@ -181,7 +181,14 @@ _CONTENTS: _Form = {
     "arrivals?": _or_none(_ARRIVALS),
     "group": _or_none({"state": _is(dict), "gradients": _list_of(_is(torch.Tensor, type(None)))}),
     "cbstate": {_EACH: lambda packed: type(packed) is dict and len(packed) == 1},
-    "callbacks": {_EACH: {"type": _is(str), "state": _is(dict), "conditions": _list_of({"type": _is(str)})}},
+    "callbacks": {
+        _EACH: {
+            "type": _is(str),
+            "state": _is(dict),
+            "conditions": _list_of({"type": _is(str)}),
+            "recorder?": _is(dict),
+        }
+    },
     "random": _RANDOM,
     "loaders": {_EACH: _LOADER},
     "position": {
