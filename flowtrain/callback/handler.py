@@ -89,7 +89,7 @@ class Handler:
         return issubclass(self.event_type, other.event_type) and issubclass(self.phase_type, other.phase_type)
 
     def bind(self, callback: object) -> Callable[[Event, Phase, Any], None]:
-        """Return the function of ``(event, phase, view)`` that calls the handler of a callback, and records its events."""
+        """Return the function of ``(event, phase, view)`` that calls the handler, after a recorder if there is one."""
         function: Any = self.function
         bound: Callable[[Event, Phase, Any], None]
         bound = getattr(callback, self.attribute) if function is None else function.__get__(callback)

@@ -13,7 +13,7 @@ import enum
 import importlib
 import sys
 from array import array
-from collections import defaultdict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ import torch
 from flowtrain.callback.events import Event
 from flowtrain.callback.phases import Phase
 from flowtrain.data.nested import set_attributes
-from flowtrain.diagnostics.recording.module import RecordedModule
+from flowtrain.diagnostics.recording.shown import RecordedModule
 from flowtrain.errors import CheckpointError, LoggingError, UsageError
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.encoding import phase_of
@@ -69,7 +69,8 @@ class GivenSeries(Series):
             raise ValueError(f"a series has {len(values)} values from {start} to {total}")
         keep = start - self.dropped  # those that are known and stay
         if keep < self._begin or keep > len(self._steps) or dropped < self.dropped:
-            self._steps, self._values, self._begin = [0] * (start - dropped), [None] * (start - dropped), start - dropped
+            self._begin = start - dropped
+            self._steps, self._values = [0] * self._begin, [None] * self._begin
         else:
             gone = dropped - self.dropped
             self._steps[keep:], self._values[keep:] = [], []
@@ -234,16 +235,18 @@ class Decoder:
         return made
 
     def _dict(self, document: dict[str, Any]) -> Any:
-        made = self._empty(document, dict)
-        keys, values = ([self.decode(each) for each in document[name]] for name in "kv")
-        dict.update(made, zip(keys, values, strict=True))
+        kind = self._class(document, dict)
+        base: Any = OrderedDict if issubclass(kind, OrderedDict) else dict  # the order is in no item of a plain dict
+        made = defaultdict() if kind is defaultdict else base.__new__(kind)
+        for key, value in zip(document["k"], document["v"], strict=True):
+            base.__setitem__(made, self.decode(key), self.decode(value))
         return self._with_attributes(made, document)
 
     def _items(self, document: dict[str, Any]) -> Any:
         base = _SEQUENCES[document["t"]]
         items = [self.decode(each) for each in document["v"]]
         if base in (list, set, deque):
-            made = self._empty(document, base)
+            made = base.__new__(self._class(document, base))
             getattr(base, "update" if base is set else "extend")(made, items)
             return self._with_attributes(made, document)
         kind = self._class(document, base)
@@ -269,10 +272,6 @@ class Decoder:
         if not issubclass(kind, base):
             raise ValueError(f"{document['class']} is no {base.__name__}")
         return kind
-
-    def _empty(self, document: dict[str, Any], base: type) -> Any:
-        kind = self._class(document, base)
-        return defaultdict() if kind is defaultdict else base.__new__(kind)
 
     def _with_attributes(self, made: Any, document: dict[str, Any]) -> Any:
         if "own" in document:

@@ -1,3 +1,5 @@
+# pyright: reportPrivateUsage=false
+# A table at the end has the methods of the encoder.
 """The values of a recording as data: a document of JSON, and bytes to which the document refers.
 
 `Encoder` makes the document of a value, and `flowtrain.diagnostics.recording.decoding` makes the value again. Texts,
@@ -143,7 +145,8 @@ class Encoder:
     def _tensor(self, value: torch.Tensor, where: str) -> dict[str, Any]:
         if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
             raise _refused(value, where, "it is no dense tensor with values")
-        key = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride(), value.is_conj(), value.is_neg())
+        place = value.data_ptr(), value.device, value.dtype, value.shape, value.stride()
+        key = (*place, value.is_conj(), value.is_neg())
         known = self._tensors.get(key)
         if known is None or not value.numel():
             at = self._bytes(tensor_bytes(value))
@@ -182,7 +185,8 @@ class Encoder:
         return {"t": "counts map", "path": where, "v": {repr(phase): [*counts] for phase, counts in value.items()}}
 
     def _by_phase(self, value: PhaseMap[Any], where: str, inside: Inside) -> dict[str, Any]:
-        make = getattr(value, "_original", value).make  # a twin has none of its own
+        original: Any = getattr(value, "_original", value)
+        make = original.make  # which a twin has not
         # The value that a new phase gets is a document with bytes of its own: no later event continues its series.
         new = None if make is None else Encoder().encode_new(make(), where)
         phases = {repr(phase): self.encode(value[phase], f"{where}/{phase!r}", inside) for phase in list(value)}

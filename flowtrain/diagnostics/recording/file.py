@@ -102,7 +102,7 @@ class RecordingBackend(FileBackend):
             begin = file.read(len(_FIRST))
             if not begin or (len(begin) < len(_FIRST) and _FIRST.startswith(begin)):
                 return 0  # a process was killed when it had begun the file
-            version_of(begin, self.path, "The file has not been changed.")
+            version_of(begin, self.path, " The file has not been changed.")
             if begin != _FIRST:
                 raise LoggingError(
                     f"{self.path} is a recording of another version of the format than {VERSION}, to which this "
@@ -133,8 +133,7 @@ def version_of(begin: bytes, path: str, then: str = "") -> int:
     if not begin.startswith(_MAGIC) or not number.isdigit():
         raise LoggingError(
             f"{path} begins with {begin[:30].decode(errors='replace')!r}, so it is no recording, which begins with "
-            f"{_MAGIC.decode()!r} and the version. Name a file that flowtrain.record(callback, to=path) has made. {then}"
-            "".rstrip()
+            f"{_MAGIC.decode()!r} and the version. Name a file that record(callback, to=path) has made.{then}"
         )
     return int(number)
 

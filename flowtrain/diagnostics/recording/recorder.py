@@ -151,7 +151,7 @@ class Recorder:
         """
         return partial(_recorded, callback, handler, call)
 
-    def take(self, callback: Callback, handler: Handler, event: Event, phase: Phase, view: LearnerView) -> None:
+    def take(self, callback: Callback, handler: Handler, event: Event, phase: Phase, view: Any) -> None:
         """Record an event, if it is one of those that are kept.
 
         Raises:
@@ -272,5 +272,3 @@ def _hyperparams(optimizers: Any, inside: Mapping[str, Any], path: Path) -> Iter
             yield here, dotted(here), [dict(group) for group in optimizers.hyperparams], None
         elif isinstance(below, dict):
             yield from _hyperparams(optimizers[name], below, here)
-
-

@@ -1,21 +1,20 @@
 """`replay`: run a callback again on the events of a recording, without a learner, a loader or a device.
 
-Each event of the file is put into a learner's state of its own (`_Shown`), on which the handler gets the same kind of
-view as in training. So it reads the same paths, and is refused the same ones.
+Each event of the file becomes the state of a learner (`EventView`), of which the handler gets the same kind of view as
+in training. So it reads the same paths, and is refused the same ones.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import uuid
 import warnings
-from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from os import PathLike
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,23 +27,17 @@ from flowtrain.callback.handler import Handler, check_handlers, find_handler
 from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.recording.decoding import Decoder, find_class
-from flowtrain.diagnostics.recording.encoding import class_path
 from flowtrain.diagnostics.recording.file import FrameReader
-from flowtrain.diagnostics.recording.module import RecordedModule
+from flowtrain.diagnostics.recording.shown import EventView, RecordedEvent
 from flowtrain.errors import LoggingError, UsageError
 from flowtrain.errors.arguments import is_a, is_type, whole_number
 from flowtrain.graph.held_backends import backends_of
 from flowtrain.logging.backend import LoggerBackend, Run
 from flowtrain.logging.records import holding
-from flowtrain.state.batch import BatchState, ReadOnlyBatch
-from flowtrain.state.learner_state import LearnerState, Named
-from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.random_numbers import own_numbers
-from flowtrain.state.readonly import UNPROTECTED
-from flowtrain.state.views import bind_view
 
-__all__ = ["Replayed", "describe_recording", "replay"]
+__all__ = ["Replayed", "documents", "reading_contents", "replay"]
 
 
 @dataclass
@@ -117,21 +110,18 @@ def replay(
         Exception: A handler failed.
     """
     _check_arguments(callback, event, model)
-    first = whole_number("replay(): first", first)
-    last = None if last is None else whole_number("replay(): last", last)
+    numbers = _numbers(first, last)
     handlers = tuple(callback.handlers())
     check_handlers(handlers)
     result = Replayed(os.fspath(path))
     player = _Player(callback, handlers, model)
     with ExitStack() as stack:
-        for document, content in _documents(result):
+        for document, content in documents(result):
             if document["kind"] == "begin":
                 player.begin(document, result.path)
                 continue
             given = player.read(document, content, result.path)
-            if (event is not None and not _is_of(given.event, event)) or not first <= given.number <= (
-                given.number if last is None else last
-            ):
+            if given.number not in numbers or (event is not None and not _is_of(given.event, event)):
                 continue
             if not result.events:
                 stack.enter_context(_open_backends(callback))
@@ -147,7 +137,7 @@ def _check_arguments(callback: object, event: object, model: object) -> None:
     """Raise a `UsageError` if an argument of `replay` has another type than it must have."""
     if not is_a(callback, Callback) or not isinstance(callback, Callback):
         raise UsageError(
-            f"replay(path, {callback!r}) takes a callback second. Write replay(path, LogMetrics(JsonlBackend('a.jsonl')))."
+            f"replay(path, {callback!r}) takes a callback second. Write replay(path, LogMetrics(JsonlBackend(path)))."
         )
     kind = type(callback).__name__
     if callback.recorder is not None:
@@ -163,13 +153,19 @@ def _check_arguments(callback: object, event: object, model: object) -> None:
         raise UsageError(f"replay(model={model!r:.60}): model is a torch.nn.Module, built as the recorded one was.")
 
 
+def _numbers(first: int, last: int | None) -> range:
+    """Return the numbers of the events to replay."""
+    first = whole_number("replay(): first", first)
+    return range(first, sys.maxsize if last is None else whole_number("replay(): last", last) + 1)
+
+
 def _is_of(event: Event, wanted: type[Event] | str) -> bool:
     if isinstance(wanted, str):
         return wanted in [kind.__name__ for kind in type(event).__mro__]
     return isinstance(event, wanted)
 
 
-def _documents(result: Replayed) -> Iterator[tuple[dict[str, Any], memoryview]]:
+def documents(result: Replayed) -> Iterator[tuple[dict[str, Any], memoryview]]:
     """Yield the documents of a recording with their content; note in the result how far it was read.
 
     Raises:
@@ -196,29 +192,6 @@ def _documents(result: Replayed) -> Iterator[tuple[dict[str, Any], memoryview]]:
     result.cut = reader.cut or result.cut
 
 
-@dataclass
-class _Given:
-    """One event of a recording.
-
-    Attributes:
-        number: The number of the event.
-        event: The event.
-        phase: The phase.
-        document: The rest of it.
-        payload: The values by path.
-        exchanged: The values of all ranks by path.
-        state: The state of the callback before the event, if that is known.
-    """
-
-    number: int
-    event: Event
-    phase: Phase
-    document: dict[str, Any]
-    payload: dict[Path, Any]
-    exchanged: dict[Path, Any]
-    state: Mapping[str, Any] | None
-
-
 class _Player:
     """Runs a callback on events.
 
@@ -238,7 +211,7 @@ class _Player:
             each: own if each.access is None else declare(each.access, f"{self._kind}.{each.attribute}")
             for _, each in handlers
         }
-        self._shown: dict[Handler, _Shown] = {}
+        self._shown: dict[Handler, EventView] = {}
         self._decoder = Decoder(model=model)
         self._begun: _Begun | None = None
         self._state: Mapping[str, Any] | None = None
@@ -251,8 +224,8 @@ class _Player:
         Raises:
             UsageError: The callback declares what was not recorded, or handles none of the recorded events.
         """
-        with _reading(path):
-            handlers = {
+        with reading_contents(path):
+            handlers: dict[str, tuple[str, str, Declaration]] = {
                 name: (each["event"], each["phase"], tuple((tuple(read), Read()) for read in each["reads"]))
                 for name, each in document["handlers"].items()
             }
@@ -277,8 +250,8 @@ class _Player:
         if missing:
             recorded = sorted({dotted(each) for _, _, reads in begun.handlers.values() for each, _ in reads})
             raise UsageError(
-                f"{self._kind} declares {', '.join(missing)}, which {path} does not have: it was recorded with a "
-                f"{begun.callback.rpartition(':')[2]} that declares {', '.join(recorded) or 'nothing'}. Replay a "
+                f"{self._kind} declares {', '.join(missing)}, which {path} does not have: the callback that was "
+                f"recorded, {begun.callback.rpartition(':')[2]}, declares {', '.join(recorded) or 'nothing'}. Replay a "
                 f"callback that reads only these, or record one that declares all of them."
             )
         if not fits:
@@ -289,13 +262,13 @@ class _Player:
                 f"{begun.callback.rpartition(':')[2]}. Replay a callback that handles these."
             )
 
-    def read(self, document: dict[str, Any], content: memoryview, path: str) -> _Given:
+    def read(self, document: dict[str, Any], content: memoryview, path: str) -> RecordedEvent:
         """Return an event.
 
         Raises:
             LoggingError: The document is none of an event.
         """
-        with _reading(path):
+        with reading_contents(path):
             decoder = self._decoder
             decoder.begin(content)
             payload = {_path(each): decoder.decode(value) for each, value in document["reads"]}
@@ -309,9 +282,9 @@ class _Player:
                 inner = Decoder()
                 inner.begin(content[place : place + size])
                 self._state = inner.decode(state)
-        return _Given(number, event, phase, document, payload, exchanged, self._state)
+        return RecordedEvent(number, event, phase, document, payload, exchanged, self._state)
 
-    def play(self, given: _Given) -> bool:
+    def play(self, given: RecordedEvent) -> bool:
         """Run the handler for an event; return whether the callback has one."""
         handler = find_handler(self._handlers, type(given.event), type(given.phase))
         if handler is None:
@@ -343,63 +316,14 @@ class _Player:
                 raise
         return True
 
-    def _view(self, handler: Handler, given: _Given) -> LearnerView:
+    def _view(self, handler: Handler, given: RecordedEvent) -> LearnerView:
         if handler not in self._shown:
             owner = Owner(
                 self._callback.name or self._kind, self._kind, handler.attribute, self._access[handler],
                 consumes=True, copied=True,
             )  # fmt: skip
-            self._shown[handler] = _Shown(owner)
+            self._shown[handler] = EventView(owner)
         return self._shown[handler].show(given)
-
-
-class _Shown:
-    """The learner as one handler sees it in a replay.
-
-    Args:
-        owner: The callback and the handler, with the declaration.
-    """
-
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
-
-    def show(self, given: _Given) -> LearnerView:
-        """Return a view of an event."""
-        state, batch, twin = LearnerState(), BatchState(), False
-        entries: dict[str, Any] = {}
-        optimizers: dict[str, Any] = {}
-        for path, value in given.payload.items():
-            if path[0] == "batch":
-                vars(batch)[path[1]] = value
-                twin = twin or type(value) not in UNPROTECTED
-            elif path[0] == "cbstate":
-                entries[path[1]] = value
-            elif path[0] == "optimizer":
-                optimizers[".".join(path[1:-1])] = SimpleNamespace(param_groups=value, state={}, defaults={})
-            else:
-                setattr(state, path[0], value)
-        state.batch, state.batch_twin = batch, ReadOnlyBatch(batch) if twin else batch
-        state.cbstate.__rewind__(entries)
-        if ("model",) in given.payload and ("params",) not in given.payload:
-            state.params = dict(_parameters_of(given.payload["model",]))
-        parts: dict[str, Any] = {
-            name: OptimizerParts(each, f"optimizer.{name}" if name else "optimizer")
-            for name, each in (optimizers or {"": SimpleNamespace(param_groups=[])}).items()
-        }
-        state.optimizers = parts[""] if "" in parts else Named("optimizer", parts)
-        state.rank, state.world_size = given.document.get("rank", (0, 1))
-        exchanged = given.exchanged or None
-        owner = Owner(**{**vars(self._owner), "exchanged": exchanged})
-        return bind_view(owner.declaration, state, owner)
-
-
-def _parameters_of(model: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the parameters of a model by name, or of several models."""
-    if isinstance(model, (RecordedModule, nn.Module)):
-        yield from model.named_parameters()
-    elif isinstance(model, Mapping):
-        for name, each in model.items():
-            yield from ((f"{name}.{inner}", value) for inner, value in each.named_parameters())
 
 
 def _path(given: Any) -> Path:
@@ -430,7 +354,7 @@ def _covered(reads: Declaration, path: Path) -> bool:
 
 
 @contextmanager
-def _reading(path: str) -> Generator[None]:
+def reading_contents(path: str) -> Generator[None]:
     """Return a context in which contents of a file are read, which may be anything."""
     try:
         yield
@@ -478,33 +402,3 @@ def _open_backends(callback: Callback) -> Generator[None]:
             for backend in opened:
                 stack.callback(backend.close)
                 stack.callback(partial(backend.ended, "failed" if failed else "finished"))
-
-
-def describe_recording(path: str | PathLike[str]) -> list[str]:
-    """Return lines that say what a recording has: the callback, its declarations, and its events.
-
-    Raises:
-        LoggingError: The file is no recording.
-    """
-    result = Replayed(os.fspath(path))
-    counts: Counter[tuple[str, str]] = Counter()
-    numbers: dict[tuple[str, str], list[int]] = {}
-    lines: list[str] = []
-    for document, _ in _documents(result):
-        with _reading(result.path):
-            if document["kind"] == "begin":
-                kept = "" if document["every"] == 1 else f", every {document['every']} events"
-                found = [f"{result.path}: {document['callback']}{kept}"]
-                for name, each in document["handlers"].items():
-                    found.append(f"  {name} reads {', '.join(map('.'.join, each['reads'])) or 'nothing'}")
-                lines += [] if lines[: len(found)] == found else found
-                continue
-            key = document["handler"], document["phase"]
-            counts[key] += 1
-            numbers.setdefault(key, []).append(document["number"])
-    for (handler, phase), count in counts.items():
-        own = numbers[handler, phase]
-        lines.append(f"  {count} events of {handler} in {phase}: numbers {min(own)} to {max(own)}")
-    return [*lines, *([f"  {result.cut}"] if result.cut else [])]
-
-

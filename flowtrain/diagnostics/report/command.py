@@ -1,6 +1,7 @@
 """The program ``flowtrain``, of which ``flowtrain report RUN_FOLDER`` writes the report of the runs in a folder.
 
-It ends with 0 when the report is written, with 1 when it cannot be, and with 2 when its arguments are wrong.
+It ends with 0 when the report is written, with 1 when it cannot be, and with 2 when its arguments are wrong. The other
+command, ``flowtrain replay``, is in `flowtrain.diagnostics.recording.command`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flowtrain.diagnostics.recording.command import add_replay
 from flowtrain.diagnostics.report.charts import need_bokeh
 from flowtrain.diagnostics.report.folder import find_runs
 from flowtrain.diagnostics.report.page import MARK, write_page
@@ -32,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         SystemExit: The arguments are wrong (2), or ask for help (0).
     """
     given = _parser().parse_args(arguments)
+    status: int = given.run(given)
+    return status
+
+
+def _report(given: argparse.Namespace) -> int:
     folder = Path(given.folder)
     try:
         need_bokeh()
@@ -62,6 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument("folder", metavar="RUN_FOLDER", help="the folder that the callbacks of the run wrote to")
     report.add_argument("--to", metavar="PATH", help="the file to write (default: report.html in RUN_FOLDER)")
+    report.set_defaults(run=_report)
+    add_replay(commands)
     return parser
 
 
