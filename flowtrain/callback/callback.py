@@ -26,7 +26,7 @@ from flowtrain.callback.view import LearnerView
 from flowtrain.errors import CallbackError, HandlerError
 from flowtrain.errors.arguments import is_a, is_type, runs_nothing
 
-__all__ = ["Callback", "draws_own", "is_quiet", "on", "registered"]
+__all__ = ["Callback", "draws_own", "is_quiet", "on", "recording_of", "registered"]
 
 C = TypeVar("C")
 CB = TypeVar("CB", bound="Callback")
@@ -78,7 +78,6 @@ class Callback:
         may_checkpoint: Whether a handler may request a checkpoint. Several ranks refuse the request of a callback that
             does not say so. They run one that does on every rank, compare what they request each time it has run, and
             ask each other in batches that only accumulate gradients whether one of them has left the batch.
-        recorder: The object that `flowtrain.record` attaches, which keeps what the handlers are given.
     """
 
     name: str = ""
@@ -98,7 +97,7 @@ class Callback:
     agrees: ClassVar[bool] = False
     may_cancel: ClassVar[bool] = True
     may_checkpoint: ClassVar[bool] = False
-    recorder: Any = None
+    _recording: Any = None  # the object that `flowtrain.record` attaches, which keeps what the handlers are given
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -286,6 +285,11 @@ def registered(kind: type[Callback]) -> Iterator[tuple[type, Handler]]:
 def draws_own(callback: Callback) -> bool:
     """Tell whether the handlers of a callback draw from generators that are seeded for them, not from training's."""
     return callback.deferrable and callback.stochastic is not False and not is_quiet(callback)
+
+
+def recording_of(callback: Callback) -> Any:
+    """Return the object that `flowtrain.record` has attached to a callback, or ``None``."""
+    return callback._recording  # pyright: ignore[reportPrivateUsage]  # of this module
 
 
 def is_quiet(callback: Callback) -> bool:

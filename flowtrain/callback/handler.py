@@ -89,12 +89,12 @@ class Handler:
         return issubclass(self.event_type, other.event_type) and issubclass(self.phase_type, other.phase_type)
 
     def bind(self, callback: object) -> Callable[[Event, Phase, Any], None]:
-        """Return the function of ``(event, phase, view)`` that calls the handler, after a recorder if there is one."""
+        """Return the function of ``(event, phase, view)`` that calls the handler, and a recording before it."""
         function: Any = self.function
         bound: Callable[[Event, Phase, Any], None]
         bound = getattr(callback, self.attribute) if function is None else function.__get__(callback)
-        recorder: Any = getattr(callback, "recorder", None)
-        return bound if recorder is None else recorder.around(callback, self, bound)
+        recording: Any = getattr(callback, "_recording", None)
+        return bound if recording is None else recording.around(callback, self, bound)
 
     def check(self, callback: object) -> None:
         """Check that the attribute of the callback can be called as a handler: a subclass may have overridden it.

@@ -5,7 +5,7 @@
 operations that make the host wait for the device, and `lr_finder` trains with growing learning rates; these four run a
 copy, which `scratch_learner` makes. `history` is the table of the recorded metrics, and `plots` draws them.
 `trace_file` writes the timeline of a fit, which the process of `trace_formatter` formats, and joins such files.
-`report` is a page of HTML about a run.
+`report` is a page of HTML about a run, and `recording` keeps what a callback is given and runs it again.
 """
 
 __all__: list[str] = []

@@ -31,7 +31,7 @@ from flowtrain.state.encoding import phase_of
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import Series, SeriesMap
 
-__all__ = ["Decoder", "GivenSeries"]
+__all__ = ["Decoder", "GivenSeries", "find_class"]
 
 
 class GivenSeries(Series):

@@ -34,7 +34,7 @@ from flowtrain.state.container import Tree, declared_items
 from flowtrain.state.learner_state import State
 from flowtrain.state.series import Series, SeriesMap
 
-__all__ = ["PACKED", "Encoder", "Marks", "class_path"]
+__all__ = ["PACKED", "Encoder", "Inside", "Marks", "class_path"]
 
 Inside: TypeAlias = "Tree | Read | Write | None"
 

@@ -21,7 +21,7 @@ from flowtrain.errors import LoggingError
 from flowtrain.logging.backend import Group, Loggable, Run
 from flowtrain.logging.files import AppendingFile, FileBackend
 
-__all__ = ["VERSION", "Frame", "FrameReader", "RecordingBackend", "pack_frame"]
+__all__ = ["VERSION", "Frame", "FrameReader", "RecordingBackend", "pack_frame", "version_of"]
 
 VERSION = 1
 """The version of the format. A later version of flowtrain reads the files of all earlier ones."""

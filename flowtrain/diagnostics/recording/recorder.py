@@ -1,7 +1,9 @@
+# pyright: reportPrivateUsage=false
+# A recording is a private attribute of the callback, and takes the state from its private view.
 """`record`: keep in a file, beside training, the state that the handlers of a callback are given.
 
-`record` gives a callback a `Recorder`, which stands before each of its handlers: it takes the declared state from the
-handler's own view and then calls the handler. So the callback keeps its type, name, order and lane, and the recorder
+`record` gives a callback a `Recording`, which stands before each of its handlers: it takes the declared state from the
+handler's own view and then calls the handler. So the callback keeps its type, name, order and lane, and the recording
 runs where the handler runs, on a snapshot if the handler is deferred. A frame of the recording is a record of the
 callback, like those that its handler logs: the process that trains writes it, once, and a checkpoint has the position.
 """
@@ -18,7 +20,7 @@ from typing import Any, TypeVar
 import torch
 
 from flowtrain.callback.access import Declaration, Path, Write, declare, dotted
-from flowtrain.callback.callback import Callback, draws_own
+from flowtrain.callback.callback import Callback, draws_own, recording_of
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
@@ -30,7 +32,7 @@ from flowtrain.errors.arguments import is_a, whole_number
 from flowtrain.logging.records import log
 from flowtrain.state.partial_view import tree
 
-__all__ = ["Recorder", "record"]
+__all__ = ["Recording", "record"]
 
 CB = TypeVar("CB", bound=Callback)
 
@@ -78,14 +80,14 @@ def record(
             f"state again. If {kind} declares no Write(), set deferrable = True in the class. To record what it reads, "
             f"record a deferrable callback that declares to read the same paths."
         )
-    if callback.recorder is not None:
-        raise UsageError(f"record({kind}()): the callback is recorded already, to {callback.recorder.backend.path}.")
+    if (recording := recording_of(callback)) is not None:
+        raise UsageError(f"record({kind}()): the callback is recorded already, to {recording.backend.path}.")
     every = whole_number("record(): every", every)
     max_bytes = whole_number("record(): max_bytes", max_bytes)
     for _, handler in callback.handlers():
         access = callback.state_access() if handler.access is None else handler.access
         _check_paths(kind, declare(access, f"{kind}.{handler.attribute}"))
-    callback.recorder = Recorder(RecordingBackend(to, append=append), every, max_bytes)
+    callback._recording = Recording(RecordingBackend(to, append=append), every, max_bytes)
     return callback
 
 
@@ -113,7 +115,7 @@ def _check_paths(kind: str, declaration: Declaration) -> None:
         )
 
 
-class Recorder:
+class Recording:
     """Keeps the state that a callback is given; it is an attribute of the callback, and goes where that goes.
 
     Args:
@@ -225,8 +227,9 @@ def _recorded(
     callback: Callback, handler: Handler, call: Callable[..., None], event: Event, phase: Phase, view: LearnerView
 ) -> None:
     """Record an event, and call the handler."""
-    if callback.recorder is not None:  # looked up now: in another process the attributes are replaced for each batch
-        callback.recorder.take(callback, handler, event, phase, view)
+    recording = recording_of(callback)  # now: in another process the attributes are replaced for each batch of events
+    if recording is not None:
+        recording.take(callback, handler, event, phase, view)
     call(event, phase, view)
 
 

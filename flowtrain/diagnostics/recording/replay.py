@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from flowtrain.callback.access import Declaration, Path, Read, declare, dotted, granted
-from flowtrain.callback.callback import Callback, draws_own
+from flowtrain.callback.callback import Callback, draws_own, recording_of
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler, check_handlers, find_handler
 from flowtrain.callback.phases import Phase
@@ -140,7 +140,7 @@ def _check_arguments(callback: object, event: object, model: object) -> None:
             f"replay(path, {callback!r}) takes a callback second. Write replay(path, LogMetrics(JsonlBackend(path)))."
         )
     kind = type(callback).__name__
-    if callback.recorder is not None:
+    if recording_of(callback) is not None:
         raise UsageError(f"replay(path, {kind}()): the callback is recorded itself. Make one without record().")
     if not callback.deferrable:
         raise UsageError(

@@ -15,7 +15,7 @@ entry           meaning
 ``group``       the open accumulation group, if any: its counts, and the gradients in the order of the parameters
 ``cbstate``     the state that callbacks share, as `flowtrain.state.encoding` packs it
 ``arrivals``    the late writes that have not arrived; ``None`` if no handler makes any
-``callbacks``   for each callback by name its ``type``, ``state`` and ``conditions``, and counts of its ``recorder``
+``callbacks``   for each callback by name its ``type``, ``state`` and ``conditions``, and counts of its ``recording``
 ``random``      the generators of the process; the seed of the run, and the events that callbacks drew numbers for
 ``loaders``     for each phase the generators of its loader
 ``position``    the position of the fit: `flowtrain.training.checkpoint.position`
@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from torch.nn.parameter import is_lazy
 
-from flowtrain.callback.callback import Callback
+from flowtrain.callback.callback import Callback, recording_of
 from flowtrain.core.optimizers import IMPLEMENTATION
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.errors import CheckpointError, FlowtrainError
@@ -136,7 +136,7 @@ def _callback(callback: Callback, packer: Packer) -> dict[str, Any]:
         "type": type(callback).__name__,
         "state": packer.copy(callback.state_dict(), f"{callback.name}.state_dict()"),
         "conditions": conditions,
-        **({} if callback.recorder is None else {"recorder": callback.recorder.state_dict()}),
+        **({} if (recording := recording_of(callback)) is None else {"recording": recording.state_dict()}),
     }
 
 
@@ -443,8 +443,8 @@ def _load_callback(callback: Callback, saved: Mapping[str, Any], of_weights: boo
         if [type(condition).__name__ for condition in conditions] == [each["type"] for each in saved["conditions"]]:
             for condition, each in zip(conditions, saved["conditions"], strict=True):
                 condition.load_state_dict(each["state"])
-        if callback.recorder is not None and not of_weights and "recorder" in saved:
-            callback.recorder.load_state_dict(saved["recorder"])
+        if (recording := recording_of(callback)) is not None and not of_weights and "recording" in saved:
+            recording.load_state_dict(saved["recording"])
     except Exception as error:
         raise CheckpointError(
             f"{callback.name} refuses its state in the checkpoint: {type(error).__name__}: {error}. Make it with the "

@@ -186,7 +186,7 @@ _CONTENTS: _Form = {
             "type": _is(str),
             "state": _is(dict),
             "conditions": _list_of({"type": _is(str)}),
-            "recorder?": _is(dict),
+            "recording?": _is(dict),
         }
     },
     "random": _RANDOM,

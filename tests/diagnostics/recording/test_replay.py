@@ -124,7 +124,7 @@ def test_events_are_chosen_by_type_and_number(recording: Path) -> None:
         ({"first": 100}, []),
     ]:
         callback = Error()
-        replay(recording, callback, **options)  # type: ignore[arg-type]
+        replay(recording, callback, **options)  # type: ignore[arg-type]  # the options have different types
         assert callback.values == wanted, options
 
 
@@ -183,7 +183,7 @@ def test_wrong_arguments_are_refused(recording: Path, tmp_path: Path) -> None:
         (lambda: refused(recording, Error(), model="net"), "model is a torch.nn.Module"),
     ]:
         with pytest.raises(UsageError, match=message):
-            call()  # type: ignore[no-untyped-call]
+            call()
 
 
 def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
