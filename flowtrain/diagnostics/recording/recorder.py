@@ -2,10 +2,11 @@
 # A recording is a private attribute of the callback, and takes the state from its private view.
 """`record`: keep in a file, beside training, the state that the handlers of a callback are given.
 
-`record` gives a callback a `Recording`, which stands before each of its handlers: it takes the declared state from the
-handler's own view and then calls the handler. So the callback keeps its type, name, order and lane, and the recording
-runs where the handler runs, on a snapshot if the handler is deferred. A frame of the recording is a record of the
-callback, like those that its handler logs: the process that trains writes it, once, and a checkpoint has the position.
+`record` gives a callback an `EventRecording`, which stands before each of its handlers: it takes the declared state
+from the handler's own view and then calls the handler. So the callback keeps its type, name, order and lane, and the
+recording runs where the handler runs, on a snapshot if the handler is deferred. A frame of the recording is a record of
+the callback, like those that its handler logs: the process that trains writes it, once, and a checkpoint has the
+position.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from flowtrain.callback.access import Declaration, Path, Write, declare, dotted
+from flowtrain.callback.access import Declaration, Path, Write, declare, dotted, lags_of
 from flowtrain.callback.callback import Callback, draws_own, recording_of
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
@@ -32,7 +33,7 @@ from flowtrain.errors.arguments import is_a, whole_number
 from flowtrain.logging.records import log
 from flowtrain.state.partial_view import tree
 
-__all__ = ["Recording", "record"]
+__all__ = ["EventRecording", "check_no_late_writes", "record"]
 
 CB = TypeVar("CB", bound=Callback)
 
@@ -60,8 +61,8 @@ def record(
         append: Whether the file may have recordings of other runs. Otherwise training begins with a warning of them.
 
     Raises:
-        UsageError: `callback` is no deferrable callback, is recorded already, or declares a path that cannot be
-            recorded; or `every` or `max_bytes` is no whole number above zero.
+        UsageError: `callback` is no deferrable callback, is recorded already, writes with a lag, or declares a path
+            that cannot be recorded; or `every` or `max_bytes` is no whole number above zero.
         LoggingError: `to` is no path.
 
     >>> from flowtrain.callbacks import LogMetrics
@@ -84,11 +85,36 @@ def record(
         raise UsageError(f"record({kind}()): the callback is recorded already, to {recording.backend.path}.")
     every = whole_number("record(): every", every)
     max_bytes = whole_number("record(): max_bytes", max_bytes)
+    check_no_late_writes(f"record({kind}())", callback)
+    for _, declaration in _declarations(callback):
+        _check_paths(kind, declaration)
+    callback._recording = EventRecording(RecordingBackend(to, append=append), every, max_bytes)
+    return callback
+
+
+def _declarations(callback: Callback) -> Iterator[tuple[Handler, Declaration]]:
+    """Yield each handler of a callback with what it declares."""
     for _, handler in callback.handlers():
         access = callback.state_access() if handler.access is None else handler.access
-        _check_paths(kind, declare(access, f"{kind}.{handler.attribute}"))
-    callback._recording = Recording(RecordingBackend(to, append=append), every, max_bytes)
-    return callback
+        yield handler, declare(access, f"{type(callback).__name__}.{handler.attribute}")
+
+
+def check_no_late_writes(call: str, callback: Callback) -> None:
+    """Check that a callback makes no writes with a lag.
+
+    Args:
+        call: The call that the user has made, for the error.
+        callback: The callback.
+
+    Raises:
+        UsageError: It makes some.
+    """
+    late = {dotted(path) for _, declaration in _declarations(callback) for path in lags_of(declaration)}
+    if late:
+        raise UsageError(
+            f"{call}: {type(callback).__name__} writes {', '.join(sorted(late))} with a lag, and in a replay there is "
+            f"no training in which such a write could arrive. Use a deferrable callback that only reads the same paths."
+        )
 
 
 def _check_paths(kind: str, declaration: Declaration) -> None:
@@ -115,7 +141,7 @@ def _check_paths(kind: str, declaration: Declaration) -> None:
         )
 
 
-class Recording:
+class EventRecording:
     """Keeps the state that a callback is given; it is an attribute of the callback, and goes where that goes.
 
     Args:
@@ -241,9 +267,7 @@ def _key(handler: Handler) -> str:
 def _beginning(callback: Callback, every: int) -> dict[str, Any]:
     """Return the document that a recording begins with, and that comes again where a run is resumed."""
     handlers = {}
-    for _, handler in callback.handlers():
-        access = callback.state_access() if handler.access is None else handler.access
-        declaration = declare(access, type(callback).__name__)
+    for handler, declaration in _declarations(callback):
         handlers[_key(handler)] = {
             "event": class_path(handler.event_type),
             "phase": class_path(handler.phase_type),

@@ -28,6 +28,7 @@ from flowtrain.callback.phases import Phase
 from flowtrain.callback.view import LearnerView
 from flowtrain.diagnostics.recording.decoding import Decoder, find_class
 from flowtrain.diagnostics.recording.file import FrameReader
+from flowtrain.diagnostics.recording.recorder import check_no_late_writes
 from flowtrain.diagnostics.recording.shown import EventView, RecordedEvent
 from flowtrain.errors import LoggingError, UsageError
 from flowtrain.errors.arguments import is_a, is_type, whole_number
@@ -147,6 +148,7 @@ def _check_arguments(callback: object, event: object, model: object) -> None:
             f"replay(path, {kind}()): {kind} is not deferrable, so it may write what it is given, which nobody would "
             f"see. Replay a callback with deferrable = True, which only reads."
         )
+    check_no_late_writes(f"replay(path, {kind}())", callback)
     if event is not None and not is_type(event, Event) and not is_a(event, str):
         raise UsageError(f"replay(event={event!r}): event is an event type or its name, such as BatchEnd.")
     if model is not None and not is_a(model, nn.Module):

@@ -267,6 +267,15 @@ def test_wrong_arguments_are_refused(make: Any, message: str, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_writes_with_a_lag_are_refused(tmp_path: Path) -> None:
+    late = Reads({"batch.loss": Read(), "cbstate.scores": Write(lag=1)})
+    text = r"Reads writes cbstate\.scores with a lag"
+    with pytest.raises(UsageError, match=rf"record\(Reads\(\)\): {text}"):
+        record(late, to=tmp_path / "a.recording")
+    with pytest.raises(UsageError, match=rf"replay\(path, Reads\(\)\): {text}"):
+        replay(tmp_path / "a.recording", late)
+
+
 def test_a_value_that_is_no_data_is_refused_at_its_event(tmp_path: Path) -> None:
     class Writer(Callback):
         @on(BatchEnd, access={"batch.odd": Write()})

@@ -183,7 +183,7 @@ def test_wrong_arguments_are_refused(recording: Path, tmp_path: Path) -> None:
         (lambda: refused(recording, Error(), model="net"), "model is a torch.nn.Module"),
     ]:
         with pytest.raises(UsageError, match=message):
-            call()
+            call()  # type: ignore[no-untyped-call]  # it is of `Any`
 
 
 def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
