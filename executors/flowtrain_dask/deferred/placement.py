@@ -38,20 +38,22 @@ from __future__ import annotations
 
 import statistics
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
+from weakref import WeakSet
 
 from flowtrain.callback.events import Event
 from flowtrain.callback.handler import Handler
 from flowtrain.callback.phases import Phase
 from flowtrain.graph.nodes import Node
 from flowtrain.graph.plan import Call, PlanKey
-from flowtrain_dask.deferred.race import CallTimes, Race, Turn
+from flowtrain_dask.deferred.race import CallTimes, Race
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.report import PlaceReport
 from flowtrain_dask.parallel.decision import HOLD_FACTOR, LEAST_GAIN, in_ms
 
-__all__ = ["TIMED", "Mode", "Placement"]
+__all__ = ["TIMED", "Mode", "Placement", "Turn"]
 
 TIMED = 30
 """How many calls of a handler are timed before it is left in place, at most."""
@@ -60,6 +62,58 @@ _LEAST_HOLD = 10.0
 """Seconds for which a decision holds at least."""
 
 Mode = Literal["in place", "waiting", "racing", "lane"]
+
+
+class Turn:
+    """Lets one lane of a learner, with its companions, race at a time.
+
+    Attributes:
+        ended: When the last race ended.
+    """
+
+    def __init__(self) -> None:
+        self.ended = 0.0
+        # All of these refer to this object.
+        self._leader: weakref.ref[Placement] | None = None
+        self._placements: WeakSet[Placement] = WeakSet()
+
+    def add(self, placement: Placement) -> None:
+        """Take note of a lane that may race."""
+        self._placements.add(placement)
+
+    @property
+    def leader(self) -> Placement | None:
+        """The lane whose events divide the rounds of the race that runs."""
+        return None if self._leader is None else self._leader()
+
+    def take(self, placement: Placement) -> bool:
+        """Let a lane lead if no other one does; return whether it leads.
+
+        A lane with frequent events takes the turn from one that has had none since its own last event. Otherwise a race
+        whose rounds are epochs would keep it waiting for many epochs.
+        """
+        leader = self.leader
+        if leader is None or leader.last < placement.last:
+            self._leader = weakref.ref(placement)
+        return self.leader is placement
+
+    def give_back(self, placement: Placement, now: float) -> None:
+        """Let another lane lead."""
+        if self.leader is placement:
+            self._leader, self.ended = None, now
+
+    def companions(self, placement: Placement) -> list[Placement]:
+        """Return the lanes that can race together with one that leads: they wait for it at the same event."""
+        anchor = placement.anchor
+        if placement.alone or anchor is None:
+            return []
+        waiting = [each for each in self._placements if each.mode == "waiting" and not each.alone]
+        others = [each for each in waiting if each is not placement and each.is_remote == placement.is_remote]
+        return [each for each in others if each.anchor is not None and each.anchor.plan == anchor.plan]
+
+    def lanes_of(self, race: Race | None) -> list[Placement]:
+        """Return the lanes that take part in a race."""
+        return [each for each in self._placements if each.mode == "racing" and each.race is race]
 
 
 class Placement:

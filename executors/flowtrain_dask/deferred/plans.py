@@ -24,10 +24,9 @@ from flowtrain.graph.plan import Call, Plan, PlanKey, PlannedHandler
 from flowtrain.graph.reach import Reach
 from flowtrain.state.arrivals import LateStream
 from flowtrain.state.random_numbers import CallbackSeeds
-from flowtrain_dask.deferred.placement import Placement
+from flowtrain_dask.deferred.placement import Placement, Turn
 from flowtrain_dask.deferred.policy import Deferral, name_of, why_here
 from flowtrain_dask.deferred.preparing import Options, job_of, transport_of
-from flowtrain_dask.deferred.race import Turn
 from flowtrain_dask.lanes.answers import Answer
 from flowtrain_dask.lanes.lane import Lane
 from flowtrain_dask.lanes.lane_set import LaneSet

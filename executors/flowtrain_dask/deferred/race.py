@@ -1,25 +1,18 @@
-"""Races between running callbacks in place and in their lanes: what is timed, the verdict, and who races when.
+"""Races between running callbacks in place and in their lanes: what is timed, and the verdict.
 
 `CallTimes` has the times of one handler in place, which tell whether a race is worth it. A `Race` has the rounds of
-both ways for the lanes that race together. The `Turn` of a learner lets one race run at a time, because two would
-disturb each other. The lanes themselves are in `flowtrain_dask.deferred.placement`, with the policy and the modes.
+both ways for the lanes that race together. `flowtrain_dask.deferred.placement` says which lanes race, and when.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-from weakref import WeakSet
 
 from flowtrain.graph.plan import PlanKey
 from flowtrain_dask.parallel.decision import CLEAR, LEAST_GAIN, is_faster
 
-if TYPE_CHECKING:
-    from flowtrain_dask.deferred.placement import Placement
-
-__all__ = ["CallTimes", "Race", "Turn"]
+__all__ = ["CallTimes", "Race"]
 
 _IN_LANES = (False, True, True, False)
 """Whether each of four rounds of a race is in the lanes. In this order a steady change of speed favours neither way."""
@@ -107,55 +100,3 @@ class Race:
     def spent(self) -> float:
         """The seconds of all rounds."""
         return sum(self.here) + sum(self.there)
-
-
-class Turn:
-    """Lets one lane of a learner, with its companions, race at a time.
-
-    Attributes:
-        ended: When the last race ended.
-    """
-
-    def __init__(self) -> None:
-        self.ended = 0.0
-        # All of these refer to this object.
-        self._leader: weakref.ref[Placement] | None = None
-        self._placements: WeakSet[Placement] = WeakSet()
-
-    def add(self, placement: Placement) -> None:
-        """Take note of a lane that may race."""
-        self._placements.add(placement)
-
-    @property
-    def leader(self) -> Placement | None:
-        """The lane whose events divide the rounds of the race that runs."""
-        return None if self._leader is None else self._leader()
-
-    def take(self, placement: Placement) -> bool:
-        """Let a lane lead if no other one does; return whether it leads.
-
-        A lane with frequent events takes the turn from one that has had none since its own last event. Otherwise a race
-        whose rounds are epochs would keep it waiting for many epochs.
-        """
-        leader = self.leader
-        if leader is None or leader.last < placement.last:
-            self._leader = weakref.ref(placement)
-        return self.leader is placement
-
-    def give_back(self, placement: Placement, now: float) -> None:
-        """Let another lane lead."""
-        if self.leader is placement:
-            self._leader, self.ended = None, now
-
-    def companions(self, placement: Placement) -> list[Placement]:
-        """Return the lanes that can race together with one that leads: they wait for it at the same event."""
-        anchor = placement.anchor
-        if placement.alone or anchor is None:
-            return []
-        waiting = [each for each in self._placements if each.mode == "waiting" and not each.alone]
-        others = [each for each in waiting if each is not placement and each.is_remote == placement.is_remote]
-        return [each for each in others if each.anchor is not None and each.anchor.plan == anchor.plan]
-
-    def lanes_of(self, race: Race | None) -> list[Placement]:
-        """Return the lanes that take part in a race."""
-        return [each for each in self._placements if each.mode == "racing" and each.race is race]
