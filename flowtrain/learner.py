@@ -33,7 +33,8 @@ from flowtrain.graph.executor import Executor, find_executor, savings
 from flowtrain.graph.registry import Callbacks
 from flowtrain.graph.what_if import WhatIf
 from flowtrain.state.batch import BatchState
-from flowtrain.state.learner_state import LearnerState, State
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import State
 from flowtrain.training import arguments
 from flowtrain.training.callback_changes import CallbackChanges
 from flowtrain.training.calls import Calls, without_frames

@@ -21,7 +21,7 @@ from flowtrain.core.prefetch import ahead
 from flowtrain.diagnostics.strict import fingerprint
 from flowtrain.errors import ProtectedException
 from flowtrain.state.detached import detached
-from flowtrain.state.learner_state import State, restore_point
+from flowtrain.state.namespace import State, restore_point
 from flowtrain.state.readonly import readonly
 from flowtrain.testing.values import values_in
 from flowtrain_dask.snapshots.copiers import COPIERS

@@ -9,7 +9,8 @@ from flowtrain.callback.access import Path, Read, Write
 from flowtrain.callback.phases import Phase
 from flowtrain.state.by_phase import CONTAINERS, kind_of_series
 from flowtrain.state.detached import detached
-from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.namespace import State
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.series import SeriesMap
 from flowtrain.state.views import GuardedView

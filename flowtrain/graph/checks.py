@@ -22,7 +22,8 @@ from flowtrain.graph.nodes import Node
 from flowtrain.graph.reach import COMPUTED, attribute
 from flowtrain.graph.shared_state import ranks_of
 from flowtrain.state.by_phase import CONTAINERS
-from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.namespace import State
 
 __all__ = [
     "PROVIDERS",

@@ -22,7 +22,8 @@ from flowtrain.callback.callback import Callback
 from flowtrain.callback.view import LearnerView
 from flowtrain.logging.backend import LoggerBackend
 from flowtrain.state.batch import BatchState
-from flowtrain.state.learner_state import LearnerState, State
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import State
 
 __all__ = ["LIVE", "backends_of", "backends_of_type", "is_learner", "names_in", "reachable"]
 

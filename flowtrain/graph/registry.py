@@ -58,7 +58,8 @@ from flowtrain.graph.plan_texts import Description, describe, ranks_text
 from flowtrain.graph.reach import Reach
 from flowtrain.graph.resolver import Resolver
 from flowtrain.graph.shared_state import Peers, check_exchange_events, check_ranks, exchanges_of, runs_here
-from flowtrain.state.learner_state import LearnerState, make_entries, restore_point
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import make_entries, restore_point
 from flowtrain.state.views import bind_view
 
 __all__ = [

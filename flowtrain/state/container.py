@@ -12,8 +12,8 @@ operation          effect                                                       
 ``__frozen__``     copies all of it, or the declared part, for a snapshot            executors
 ``__packed__``     gives its content as plain values for a checkpoint                `flowtrain.state.encoding`
 ``__fill__``       takes such content back                                           `flowtrain.state.encoding`
-``__mark__``       remembers its content                                             `flowtrain.state.learner_state`
-``__rewind__``     puts the content of a mark back                                   `flowtrain.state.learner_state`
+``__mark__``       remembers its content                                             `flowtrain.state.namespace`
+``__rewind__``     puts the content of a mark back                                   `flowtrain.state.namespace`
 ``__leaves__``     describes its content by path, so that a change can be found      `flowtrain.diagnostics.strict`
 ``__reduce__``     makes it again from a pickle, or as a deep copy; a twin gives     pickle and copy
                    the container that it shows

@@ -34,7 +34,8 @@ from flowtrain.graph.registry import Callbacks
 from flowtrain.learner import Learner
 from flowtrain.state.batch import BatchState
 from flowtrain.state.container import Container
-from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.namespace import State
 from flowtrain.state.series import Series
 
 __all__ = ["Leaf", "learner_leaves", "outcome_leaves", "rng_leaves", "show_difference", "values_in"]

@@ -40,7 +40,8 @@ from flowtrain.errors import CancelException, CoreError, DataError, UsageError
 from flowtrain.errors.arguments import is_a
 from flowtrain.errors.describing import describe
 from flowtrain.state.batch import BatchState
-from flowtrain.state.learner_state import LearnerState, State
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import State
 from flowtrain.training.checkpoint.checkpoints import Checkpoints
 from flowtrain.training.dispatch import Dispatch, StepRunners
 from flowtrain.training.failures import Failures

@@ -28,7 +28,8 @@ from flowtrain.callbacks import CustomCallback, Metrics, Recorder, SmoothLoss, S
 from flowtrain.diagnostics.strict import changes, fingerprint, fingerprints, undeclared
 from flowtrain.metrics import mean_absolute_error
 from flowtrain.state.by_phase import CONTAINERS
-from flowtrain.state.learner_state import LearnerState, State
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import State
 from flowtrain.testing import tiny_batches, tiny_learner
 
 

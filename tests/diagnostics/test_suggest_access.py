@@ -38,7 +38,7 @@ from flowtrain.callbacks import (
 from flowtrain.diagnostics.recording_view import Log, RecordingView
 from flowtrain.diagnostics.scratch_learner import CannotLook, first_batch, same_rng, shared_copy
 from flowtrain.logging import JsonlBackend, Value
-from flowtrain.state.learner_state import State
+from flowtrain.state.namespace import State
 from flowtrain.state.partial_view import Owner
 from flowtrain.testing import record_access, tiny_batches, tiny_learner
 from tests.support.untyped import untyped

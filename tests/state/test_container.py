@@ -23,7 +23,7 @@ from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.container import Container, Freezer, Tree, declared_items
 from flowtrain.state.detached import detached
 from flowtrain.state.encoding import Packer, unpack
-from flowtrain.state.learner_state import State, Twins, restore_point
+from flowtrain.state.namespace import State, Twins, restore_point
 from flowtrain.state.readonly import readonly
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain.testing import tiny_learner

@@ -29,7 +29,7 @@ from flowtrain import (
 from flowtrain.callback.phases import ValidationPhase
 from flowtrain.state.by_phase import PhaseMap
 from flowtrain.state.detached import detached
-from flowtrain.state.learner_state import State
+from flowtrain.state.namespace import State
 from flowtrain_dask import DaskExecutor
 
 

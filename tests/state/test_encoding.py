@@ -14,7 +14,7 @@ import torch
 from flowtrain import CheckpointError, Phase, TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.encoding import Buffers, Packer, phase_of
-from flowtrain.state.learner_state import State
+from flowtrain.state.namespace import State
 from flowtrain.state.series import SeriesMap
 from flowtrain.testing import tiny_learner
 

@@ -13,7 +13,8 @@ from flowtrain.callback.events import EpochEnd
 from flowtrain.state.arrivals import Arrivals, Changes
 from flowtrain.state.encoding import Packer
 from flowtrain.state.late_writes import Change, LateLearner, apply_change, packed_change, unpacked_change
-from flowtrain.state.learner_state import LearnerState, make_entries
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import make_entries
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.views import bind_view
 

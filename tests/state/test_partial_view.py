@@ -12,7 +12,7 @@ from flowtrain import TrainingPhase, ValidationPhase
 from flowtrain.callback.access import Access, Read, Write, declare
 from flowtrain.errors import MissingStateError, ProtectedException
 from flowtrain.state.by_phase import PhaseMap
-from flowtrain.state.learner_state import State
+from flowtrain.state.namespace import State
 from flowtrain.state.partial_view import Owner, Part, tree, writes
 from flowtrain.state.series import SeriesMap
 

@@ -10,7 +10,8 @@ from flowtrain import Access, LearnerView, TrainingPhase
 from flowtrain.callback.access import Declaration, declare
 from flowtrain.core.torch_core import TorchCore
 from flowtrain.state.by_phase import CONTAINERS
-from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.namespace import State
 from flowtrain.state.partial_view import Owner
 from flowtrain.state.views import bind_view
 

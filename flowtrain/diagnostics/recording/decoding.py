@@ -28,7 +28,7 @@ from flowtrain.diagnostics.recording.shown import RecordedModule
 from flowtrain.errors import CheckpointError, LoggingError, UsageError
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.encoding import phase_of
-from flowtrain.state.learner_state import State
+from flowtrain.state.namespace import State
 from flowtrain.state.series import Series, SeriesMap
 
 __all__ = ["Decoder", "GivenSeries", "find_class"]

@@ -31,7 +31,7 @@ from flowtrain.data.tensor_bytes import tensor_bytes
 from flowtrain.errors import UsageError
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.container import Tree, declared_items
-from flowtrain.state.learner_state import State
+from flowtrain.state.namespace import State
 from flowtrain.state.series import Series, SeriesMap
 
 __all__ = ["PACKED", "Encoder", "Inside", "Marks", "class_path"]

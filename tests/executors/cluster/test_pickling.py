@@ -22,7 +22,8 @@ from torch import nn
 
 from flowtrain import BatchEnd, Phase, TrainingPhase, ValidationPhase
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.learner_state import Named, State
+from flowtrain.state.learner_state import Named
+from flowtrain.state.namespace import State
 from flowtrain.state.parameters import NamedGradients, NamedTensors
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask.cluster.codec import Encoded, decode, encode

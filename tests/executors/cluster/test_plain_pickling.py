@@ -21,7 +21,8 @@ import torch
 
 from flowtrain import BatchEnd, Phase, TrainingPhase
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.learner_state import Named, State
+from flowtrain.state.learner_state import Named
+from flowtrain.state.namespace import State
 from flowtrain.state.parameters import NamedTensors
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask import register_copier

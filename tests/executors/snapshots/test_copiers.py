@@ -22,7 +22,8 @@ from flowtrain.callback.access import Access, declare
 from flowtrain.errors import ProtectedException
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
 from flowtrain.state.container import Tree
-from flowtrain.state.learner_state import LearnerState, State
+from flowtrain.state.learner_state import LearnerState
+from flowtrain.state.namespace import State
 from flowtrain.state.parameters import Gradients, Parameters
 from flowtrain.state.series import Series, SeriesMap
 from flowtrain_dask import register_copier

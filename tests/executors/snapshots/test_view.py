@@ -20,7 +20,8 @@ from flowtrain import BatchEnd, LearnerView, MissingStateError, Read, TrainingPh
 from flowtrain.callback.access import Declaration, declare, union
 from flowtrain.state.batch import BatchState
 from flowtrain.state.by_phase import Counts, CountsMap, PhaseMap
-from flowtrain.state.learner_state import LearnerState, Named, State
+from flowtrain.state.learner_state import LearnerState, Named
+from flowtrain.state.namespace import State
 from flowtrain.state.optimizer_view import OptimizerParts
 from flowtrain.state.parameters import Gradients, Parameters, named_parameters
 from flowtrain.state.partial_view import Owner
